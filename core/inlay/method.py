@@ -1,0 +1,151 @@
+"""`Method`: the configuration of an algorithm, as small frozen data, with every hook answered.
+
+A simple method is a frozen dataclass with its hyperparameters and one function:
+
+    @dataclass(frozen=True)
+    class LoRA(Method):
+        id = "lora"
+        rank: int = setting(8, least=1)
+
+        def delta(self, site, init):
+            return LowRank(site, init, self.rank)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from inlay.delta import Fold
+from inlay.errors import CannotMerge, ConfigError, near
+from inlay.hookspecs import hookimpl
+from inlay.settings import check_setting, plain, setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from inlay.adapter import Adapter, Init
+    from inlay.delta import Delta
+    from inlay.sites import Site
+    from inlay.stack import Part, Stack
+    from inlay.training import Group
+
+Layers = int | str | Sequence[int] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of all methods. Subclasses are frozen dataclasses; their fields are hyperparameters.
+
+    Class attributes describe the algorithm: `id` (its name in files), `paper` (arXiv id),
+    `accepts` (site kinds), `default_targets`, `lr` (a rate at which it learns in about a hundred
+    AdamW steps), `weight_decay`, `starts_as_identity`, `prepares` (has a `prepare`
+    hook), `reads_call` (its deltas look at `at.call`: mask, tasks, cache).
+    """
+
+    id: ClassVar[str]
+    version: ClassVar[int] = 1
+    paper: ClassVar[str] = ""
+    accepts: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
+    default_targets: ClassVar[tuple[str, ...]] = ("query", "value")
+    lr: ClassVar[float] = 1e-3
+    weight_decay: ClassVar[float | None] = None
+    starts_as_identity: ClassVar[bool] = True
+    prepares: ClassVar[bool] = False
+    reads_call: ClassVar[bool] = False
+
+    targets: tuple[str, ...] | None = setting(None)
+    layers: tuple[int, ...] | str | None = setting(None)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Method:
+        names = {f.name for f in dataclasses.fields(cls)}
+        for name in kwargs.keys() - names:
+            raise ConfigError(
+                f"{cls.__name__} has no setting {name!r}",
+                saw=f"{name}={kwargs[name]!r}",
+                do=near(name, names),
+            )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = check_setting(type(self), field, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+
+    def delta(self, site: Site, init: Init) -> Delta:
+        """Return the delta of one site, its tensors made with `init`. The one thing to write."""
+        raise NotImplementedError(f"{type(self).__name__} must define delta() or inject()")
+
+    def suits(self, site: Site) -> bool:
+        """Whether the method can act at a site that a role or pattern matched; others are left out."""
+        return True
+
+    def unsuited(self) -> str:
+        """Say what to do when it suits none of them."""
+        return "choose other targets"
+
+    def named(self, name: str) -> Part:
+        """Return this method as a part of a stack under `name`."""
+        from inlay.stack import Part
+
+        return Part(name, self)
+
+    def __add__(self, other: Method | Part | Stack) -> Stack:
+        from inlay.stack import Stack
+
+        return Stack.of(self) + other
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the hyperparameters as plain data (JSON types; methods inside become dicts)."""
+        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @staticmethod
+    @hookimpl
+    def inject(method: Method, sites: Sequence[Site], adapter: Adapter) -> int:
+        for site in sites:
+            adapter.place(site, method.delta(site, adapter.init(site)))
+        return len(sites)
+
+    @staticmethod
+    @hookimpl
+    def trainable_mask(method: Method, adapter: Adapter) -> dict[str, bool]:
+        return {name: True for name, _ in adapter.named_parameters()}
+
+    @staticmethod
+    @hookimpl
+    def merge(method: Method, adapter: Adapter) -> dict[Site, Fold]:
+        return default_folds(method, adapter)
+
+    @staticmethod
+    @hookimpl
+    def state_dict(method: Method, adapter: Adapter) -> dict[str, Tensor]:
+        return adapter.tensors()
+
+    @staticmethod
+    @hookimpl
+    def parameter_groups(method: Method, adapter: Adapter, lr: float | None) -> list[Group]:
+        from inlay.training import Group
+
+        rate = method.lr if lr is None else lr
+        return [Group(adapter.trainable_names(), rate, method.weight_decay)]
+
+
+def default_folds(method: Method, adapter: Adapter) -> dict[Site, Fold]:
+    """Return each site's fold, chaining its deltas; raise `CannotMerge` if one has none."""
+    folds: dict[Site, Fold] = {}
+    for site, delta in adapter.placed:
+        if not delta.folds:
+            raise CannotMerge(
+                f"{method.id!r} cannot be merged",
+                saw=f"at {site.name}: {delta.why_not()}",
+                do="keep it attached, or name the other parts: inlay.merge(model, parts=[...])",
+            )
+        folds[site] = chain(folds[site], delta.fold) if site in folds else delta.fold
+    return folds
+
+
+def chain(first: Fold, second: Fold) -> Fold:
+    """Return the fold that applies `first`, then `second`."""
+    return lambda weight, bias: second(*first(weight, bias))

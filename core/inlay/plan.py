@@ -1,0 +1,172 @@
+"""Plan, then act: resolving a stack to sites and building its adapters without touching the model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.adapter import Adapter
+from inlay.anatomy import Anatomy
+from inlay.errors import AttachError, ConfigError
+from inlay.method import Method
+from inlay.registry import registry
+from inlay.sites import Site
+from inlay.stack import Part, Placed, Stack, State, state_of
+from inlay.targets import by_name, resolve
+
+
+@dataclass
+class PlannedPart:
+    """One part of a stack with the sites it would act on and what it would cost."""
+
+    part: Part
+    sites: tuple[Site, ...]
+    parameters: int = 0
+    bytes: int = 0
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        return dict(Counter(site.role or site.kind for site in self.sites))
+
+
+@dataclass
+class Plan:
+    """What `attach` would do: sites hit by kind, counts and bytes, storages that are tied."""
+
+    parts: list[PlannedPart]
+    model_parameters: int
+    tied: list[str] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.parameters for p in self.parts)
+
+    def __str__(self) -> str:
+        lines = []
+        for p in self.parts:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in p.kinds.items())
+            share = 100 * p.parameters / max(1, self.model_parameters)
+            lines.append(
+                f"{p.part.name}: {p.part.method.id} on {len(p.sites)} sites ({kinds}); "
+                f"{p.parameters:,} parameters ({share:.3g} % of the base), {p.bytes:,} bytes"
+            )
+        lines += [f"tied storage: {name}" for name in self.tied]
+        return "\n".join(lines)
+
+
+def plan(model: nn.Module, what: Method | Part | Stack | str, *, train: Sequence[str] = ()) -> Plan:
+    """Say what `attach` would do, without doing it. Works on the meta device too."""
+    stack = with_trained(Stack.of(what), train)
+    resolved = resolve_stack(model, stack)
+    base = sum(p.numel() for p in model.parameters())
+    planned = []
+    for part, sites in resolved:
+        adapter = build_adapter(model, part.method, sites, seed=0, meta=True, find=_finder(model))
+        tensors = [p for _, p in adapter.named_parameters()]
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        planned.append(PlannedPart(part, sites, sum(t.numel() for t in tensors), size))
+    return Plan(planned, base, tied_names(model, [s for p in planned for s in p.sites]))
+
+
+def with_trained(stack: Stack, targets: Sequence[str]) -> Stack:
+    """Return the stack with a last part that trains the base's own tensors at `targets`."""
+    if not targets:
+        return stack
+    from inlay.authoring.trained import Trained
+
+    if isinstance(targets, str):
+        raise ConfigError("train is a list of targets", saw=repr(targets), do=f'train=("{targets}",)')
+    return stack + Trained(targets=tuple(targets))
+
+
+def resolve_stack(model: nn.Module, stack: Stack) -> list[tuple[Part, tuple[Site, ...]]]:
+    """Return each part with its sites; raise if an entry of its targets matches nothing."""
+    anatomy = Anatomy(model)
+    return [(part, resolve(anatomy, part.method)) for part in stack.parts]
+
+
+def resolve_names(
+    model: nn.Module, parts: Iterable[tuple[Part, Sequence[str]]]
+) -> list[tuple[Part, tuple[Site, ...]]]:
+    """Return each part with the sites a checkpoint lists for it."""
+    anatomy = Anatomy(model)
+    return [(part, by_name(anatomy, part.method, names)) for part, names in parts]
+
+
+def build_adapter(
+    model: nn.Module,
+    method: Method,
+    sites: tuple[Site, ...],
+    *,
+    seed: int,
+    meta: bool = False,
+    data: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Tensor] | None = None,
+    find: Any = None,
+) -> Adapter:
+    """Return a method's adapter, its deltas made and listed but not yet on the model."""
+    adapter = Adapter(
+        sites, model=model, seed=seed, data=data, calibration=calibration, find=find, meta=meta
+    )
+    registry.call("inject", method, sites=sites, adapter=adapter)
+    if not adapter.placed:
+        raise AttachError(
+            f"{method.id!r} placed nothing", saw=f"{len(sites)} sites offered", do="choose other targets"
+        )
+    return adapter
+
+
+def build(
+    state: State,
+    name: str,
+    resolved: Sequence[tuple[Part, tuple[Site, ...]]],
+    *,
+    seed: int,
+    data: Iterable[Any] | None = None,
+) -> list[Placed]:
+    """Return the placed parts of a new adapter, numbered, calibrated where their methods ask for it."""
+    built = []
+    for number, (part, sites) in enumerate(resolved):
+        calibration = _calibrate(state.model, part, sites, data)
+        adapter = build_adapter(
+            state.model, part.method, sites, seed=seed + number, calibration=calibration, find=state.adapter_of
+        )
+        built.append(Placed(state.next_id + number, name, part.name, part.method, adapter))
+    return built
+
+
+def _calibrate(
+    model: nn.Module, part: Part, sites: tuple[Site, ...], data: Iterable[Any] | None
+) -> Mapping[str, Tensor] | None:
+    if not registry.implements(part.method, "calibrate"):
+        return None
+    if data is None:
+        raise ConfigError(
+            f"{part.method.id!r} must see data before it is placed",
+            saw="data=None",
+            do="pass inlay.attach(..., data=batches)",
+        )
+    with torch.random.fork_rng(devices=[]):
+        answer: Mapping[str, Tensor] = registry.call(
+            "calibrate", part.method, model=model, sites=sites, batches=data
+        )
+    return answer
+
+
+def tied_names(model: nn.Module, sites: Iterable[Site]) -> list[str]:
+    """Return the sites' parameters that another module of the model also holds."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    wanted = {id(p) for s in sites for p in s.module.parameters(recurse=False)}
+    return [" = ".join(names) for key, names in owners.items() if len(names) > 1 and key in wanted]
+
+
+def _finder(model: nn.Module) -> Any:
+    state = state_of(model)
+    return None if state is None else state.adapter_of

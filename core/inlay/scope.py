@@ -1,0 +1,54 @@
+"""Scope: a model whose call opens a `Call`, in which values are prepared once for all sites.
+
+The root and every transformers model inside it are scopes; the outermost one called opens.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from inlay.hosts import Host, bind_checkpointing
+
+
+class Scope(Host):
+    """Mixin of scopes: the outermost one called opens the call."""
+
+    _inlay_state: Any  # a State; transformers evaluates the annotations of every model class
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state = self._inlay_state
+        slot = state.slot
+        outer, forward = slot.call, super().forward
+        if self.training and state.checkpointed:
+            bind_checkpointing(state.checkpointed, slot)
+        if outer is None and not state.table.scoped or outer is not None and outer.model is not None:
+            return forward(*args, **kwargs)
+        call = (state.default_call() if outer is None else outer).begin(self, args, kwargs)
+        slot.call = call
+        try:
+            call.prepare()
+            return forward(*args, **kwargs)
+        finally:
+            slot.call = outer
+            slot.taps.clear()
+
+
+class PretrainedScope(Scope):
+    """A scope whose base has `save_pretrained`: writes the adapters' folder beside the base."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Save the base model alone, loadable anywhere, and the attached stacks beside it.
+
+        Bring the stacks back with `inlay.load(model, save_directory)`.
+        """
+        from inlay.checkpoint import save
+        from inlay.stack import base_state_dict
+
+        root = self._inlay_state.model
+        if root is self:
+            kwargs.setdefault("state_dict", base_state_dict(self))
+        saved = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if root is self and kwargs.get("is_main_process", True):
+            save(self, save_directory, overwrite=True)
+        return saved

@@ -1,0 +1,21 @@
+"""Sites: resolved places in one model where a delta can act."""
+
+from inlay.sites.site import (
+    AttentionSite,
+    BlockSite,
+    ModuleSite,
+    SequenceSite,
+    Site,
+    SublayerSite,
+    Tap,
+)
+
+__all__ = [
+    "AttentionSite",
+    "BlockSite",
+    "ModuleSite",
+    "SequenceSite",
+    "Site",
+    "SublayerSite",
+    "Tap",
+]

@@ -1,0 +1,308 @@
+"""Stacks as data (`Part`, `Stack`) and the state of one adapted model (`Placed`, `State`)."""
+
+from __future__ import annotations
+
+import ast
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.adapter import Adapter
+from inlay.attention import AttentionPort
+from inlay.blocks import BlockPort
+from inlay.context import Call, Slot
+from inlay.errors import ConfigError, StateError, near
+from inlay.hosts import Host
+from inlay.method import Method
+from inlay.registry import registry
+from inlay.sites import Site
+
+if TYPE_CHECKING:
+    from inlay.programs import Table
+
+MAX_NAME = 200
+
+
+@dataclass(frozen=True)
+class Part:
+    """A method under a name within a stack."""
+
+    name: str
+    method: Method
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "part")
+
+    def __add__(self, other: Method | Part | Stack) -> Stack:
+        return Stack.of(self) + other
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Methods in order, the first innermost; part names are unique."""
+
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        names = [part.name for part in self.parts]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ConfigError(
+                "two parts of a stack have the same name",
+                saw=", ".join(repr(n) for n in twice),
+                do='name them: LoRA(...).named("first") + LoRA(...).named("second")',
+            )
+
+    @classmethod
+    def of(cls, what: Method | Part | Stack | str) -> Stack:
+        """Return a stack from a method, a part, a stack, or text such as "lora(rank=8) + ia3"."""
+        if isinstance(what, Stack):
+            return what
+        if isinstance(what, str):
+            return parse(what)
+        if isinstance(what, Method):
+            return cls((Part(what.id, what),))
+        if isinstance(what, Part):
+            return cls((what,))
+        raise ConfigError(
+            "this is not a method, a part, a stack or text naming one",
+            saw=f"{what!r:.200} ({type(what).__name__})",
+            do='pass for example LoRA(rank=8), LoRA() + IA3(), or "lora(rank=8) + ia3"',
+        )
+
+    def __add__(self, other: Method | Part | Stack) -> Stack:
+        return Stack(self.parts + Stack.of(other).parts)
+
+
+def check_name(name: object, what: str) -> None:
+    """Refuse names that are empty, too long, hold "/" or control characters."""
+    if isinstance(name, str) and 0 < len(name) <= MAX_NAME and "/" not in name:
+        if not any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in name):
+            return
+    raise ConfigError(
+        f"this cannot be the name of {'an' if what[0] in 'aeiou' else 'a'} {what}",
+        saw=ascii(name)[:MAX_NAME],
+        do=f"use 1 to {MAX_NAME} printable characters without '/' ('/' separates adapter from part)",
+    )
+
+
+def parse(text: str) -> Stack:
+    """Read a stack from text: method calls joined by "+", arguments literals. Nothing is evaluated."""
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise _unreadable(text, str(error)) from error
+    return Stack(tuple(_parts(tree, text)))
+
+
+def _parts(node: ast.expr, text: str) -> Iterator[Part]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        yield from _parts(node.left, text)
+        yield from _parts(node.right, text)
+        return
+    call = node
+    name: str | None = None
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "named":
+        name, call = _literal(node.args[0], text) if node.args else "", node.func.value
+    method = _method(call, text)
+    yield Part(method.id if name is None else name, method)
+
+
+def _method(node: ast.expr, text: str) -> Method:
+    if isinstance(node, ast.Name):
+        return registry.build(node.id, {})
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+        settings = {k.arg or "**": _literal(k.value, text) for k in node.keywords}
+        return registry.build(node.func.id, settings)
+    raise _unreadable(text, f"{ast.unparse(node)!r} is not a method with keyword settings")
+
+
+def _literal(node: ast.expr, text: str) -> Any:
+    if isinstance(node, ast.Call):
+        return _method(node, text)
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError) as error:
+        raise _unreadable(text, f"{ast.unparse(node)!r} is not a literal value") from error
+
+
+def _unreadable(text: str, reason: str) -> ConfigError:
+    return ConfigError(
+        "the text does not describe a stack",
+        saw=f"{ascii(text)[:MAX_NAME]}: {reason}",
+        do='write for example "lora(rank=8) + prefix_tuning(length=16)"',
+    )
+
+
+@dataclass(eq=False)
+class Placed:
+    """One part at work on one model. `id` is its number; names are kept here and nowhere else."""
+
+    id: int
+    adapter_name: str
+    part_name: str
+    method: Method
+    adapter: Adapter
+    trainable: bool = True
+    merged: bool = False
+
+    @property
+    def path(self) -> str:
+        return f"{self.adapter_name}/{self.part_name}"
+
+    def prepare(self, call: Call | None) -> Any:
+        """Run the method's `prepare` hook directly: no plugin machinery inside a forward pass."""
+        return self.method.prepare(self.method, self.adapter, call)  # type: ignore[attr-defined]
+
+
+@dataclass(eq=False)
+class State:
+    """Everything inlay knows about one adapted model. Lives in the model's own `__dict__`."""
+
+    model: nn.Module
+    slot: Slot = field(default_factory=Slot)
+    placed: dict[int, Placed] = field(default_factory=dict)
+    active: tuple[int, ...] = ()
+    hosts: list[tuple[str, nn.Module]] = field(default_factory=list)
+    attention_ports: list[AttentionPort] = field(default_factory=list)
+    block_ports: list[BlockPort] = field(default_factory=list)
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    checkpointed: list[nn.Module] = field(default_factory=list)
+    merged_tensors: list[tuple[nn.Module, str, Tensor | None]] = field(default_factory=list)
+    undo: bool = True
+    next_id: int = 0
+    _table: Table | None = None
+    _tables: dict[Any, Table] = field(default_factory=dict)
+
+    # -- names -----------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(p.adapter_name for p in self.placed.values()))
+
+    def find(self, name: str) -> list[Placed]:
+        """Return the parts called `name`: a whole adapter "fr" or one part "fr/lora"."""
+        parts = [p for p in self.placed.values() if name in (p.adapter_name, p.path)]
+        if not parts:
+            known = self.names + [p.path for p in self.placed.values()]
+            raise StateError(f"no adapter is called {name!r} here", saw=f"attached: {self.names}", do=near(name, known))
+        return parts
+
+    def find_all(self, names: Sequence[str]) -> list[Placed]:
+        return list(dict.fromkeys(p for name in names for p in self.find(name)))
+
+    def adapter_of(self, name: str) -> Adapter:
+        """Return the one adapter that `name` means."""
+        parts = self.find(name)
+        if len(parts) > 1:
+            raise StateError(
+                f"{name!r} has several parts", saw=str([p.path for p in parts]), do="name one of them"
+            )
+        return parts[0].adapter
+
+    # -- programs --------------------------------------------------------------------------------
+
+    @property
+    def table(self) -> Table:
+        """The compiled programs of the active adapters."""
+        if self._table is None:
+            self._table = self.table_for((self.active,))
+        return self._table
+
+    def table_for(self, stacks: tuple[tuple[int, ...], ...], *, prompts: bool = True) -> Table:
+        """Return the compiled programs of a choice of stacks, from the cache if it was made before."""
+        from inlay.compile import compile_table
+
+        key = (stacks, prompts)
+        if key not in self._tables:
+            self._tables[key] = compile_table(self, stacks, prompts=prompts)
+        return self._tables[key]
+
+    def default_call(self) -> Call:
+        return Call(self.table, self.slot)
+
+    def activate(self, active: Sequence[int] | None = None) -> None:
+        """Make `active` (default: what is active) take part in the forward pass of every thread."""
+        if active is not None:
+            self.active = tuple(active)
+        self._tables.clear()
+        self._table = self.table_for((self.active,))
+        for (_, host), program in zip(self.hosts, self._table.programs, strict=True):
+            host._inlay_port.program = program  # type: ignore[union-attr]
+        for port, program in zip(self.attention_ports, self._table.attention, strict=True):
+            port.program = program
+        for block, program in zip(self.block_ports, self._table.blocks, strict=True):
+            block.program = program
+
+    def sites_of(self, module: nn.Module) -> list[tuple[Placed, Site, Any]]:
+        """Return (part, site, delta) of everything placed on `module`, in stack order of attachment."""
+        return [
+            (placed, site, delta)
+            for placed in self.placed.values()
+            for site, delta in placed.adapter.placed
+            if site.module is module
+        ]
+
+    def own_parameters(self) -> Iterator[tuple[Placed, str, nn.Parameter]]:
+        """Yield (part, local name, parameter) of every adapter."""
+        for placed in self.placed.values():
+            for name, parameter in placed.adapter.named_parameters():
+                yield placed, name, parameter
+
+
+def state_of(model: nn.Module) -> State | None:
+    """Return the state of an adapted model, or None."""
+    state = model.__dict__.get("_inlay_state")
+    return state if isinstance(state, State) and state.model is model else None
+
+
+def need_state(model: nn.Module) -> State:
+    """Return the state of an adapted model, or raise."""
+    state = state_of(model)
+    if state is None:
+        raise StateError(
+            "nothing is attached to this model",
+            saw=f"a {type(model).__name__} without adapters",
+            do="inlay.attach(model, ...) first; pass the same object that was attached to",
+        )
+    return state
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the base's own tensors under their own names, as if nothing were attached or merged."""
+    state = state_of(model)
+    tensors = model.state_dict()
+    if state is None:
+        return tensors
+    own = _own_prefixes(state)
+    kept = {(id(module), name): tensor for module, name, tensor in state.merged_tensors}
+    result = {}
+    for key, tensor in tensors.items():
+        if key.startswith(own):
+            continue
+        path, _, leaf = key.rpartition(".")
+        original = kept.get((id(model.get_submodule(path)), leaf), tensor)
+        if original is not None:
+            result[key] = original
+    return result
+
+
+def _own_prefixes(state: State) -> tuple[str, ...]:
+    return tuple(f"{name}.inlay." if name else "inlay." for name, _ in state.hosts)
+
+
+def is_host(module: nn.Module) -> bool:
+    return isinstance(module, Host)
+
+
+def detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def same_storage(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share memory."""
+    return torch.is_tensor(a) and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() != 0

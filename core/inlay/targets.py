@@ -1,0 +1,194 @@
+"""Targets: the user's selection, resolved to sites. Every entry must match something."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+
+from inlay.anatomy import ROLES, Anatomy
+from inlay.errors import TargetError, near
+from inlay.method import Method
+from inlay.sites import AttentionSite, ModuleSite, Site
+
+INSIDE = {
+    "attention": ("query", "key", "value", "output"),
+    "ffn": ("gate", "up", "down"),
+    "linear": ("query", "key", "value", "output", "gate", "up", "down"),
+}
+
+
+def resolve(anatomy: Anatomy, method: Method) -> tuple[Site, ...]:
+    """Return the sites a method goes to, in model order, each once."""
+    entries = method.default_targets if method.targets is None else method.targets
+    if not entries:
+        raise TargetError(f"{method.id} has no targets", saw="targets=()", do="name roles or modules")
+    found: dict[str, Site] = {}
+    for entry in entries:
+        for site in _matches(anatomy, method, entry):
+            found[site.name] = site
+    chosen = _in_layers(list(found.values()), method)
+    order = {name: i for i, name in enumerate(anatomy.modules)}
+    return tuple(sorted(chosen, key=lambda s: order.get(s.name.split("[")[0], -1)))
+
+
+def layer_numbers(layers: Sequence[int] | str) -> set[int]:
+    """Return the layer indices meant by [0, 1, 5] or "0-5,11"."""
+    if not isinstance(layers, str):
+        return set(layers)
+    numbers: set[int] = set()
+    for piece in layers.split(","):
+        first, _, last = piece.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise TargetError(
+                "the layers cannot be read", saw=repr(layers), do='write for example layers="0-5,11"'
+            )
+        numbers |= set(range(int(first), int(last or first) + 1))
+    return numbers
+
+
+def _matches(anatomy: Anatomy, method: Method, entry: str) -> list[Site]:
+    found = _by_role(anatomy, method, entry) if entry in ROLES else _by_name(anatomy, method, entry)
+    if not found:
+        raise _nothing(anatomy, method, entry)
+    suiting = [site for site in found if method.suits(site)]
+    if not suiting:
+        raise TargetError(
+            f"{method.id} does not suit what {entry!r} names",
+            saw=f"{len(found)} sites such as {found[0].name} ({found[0].kind})",
+            do=method.unsuited(),
+        )
+    return suiting
+
+
+def _by_role(anatomy: Anatomy, method: Method, role: str) -> list[Site]:
+    accepts = method.accepts
+    if "sequence" in accepts:
+        return list(anatomy.sequence_sites())
+    if "attention" in accepts and role in ("attention", "cross_attention"):
+        return [s for s in anatomy.attentions if role == "attention" or s.cross]
+    if "sublayer" in accepts and role in ("attention", "ffn", "cross_attention"):
+        return [s for s in anatomy.sublayers if s.role == role]
+    if role == "block":
+        return list(anatomy.block_sites()) if "block" in accepts else []
+    if role == "head" and "parameter" in accepts:
+        return _everything_under(anatomy, [s.module for s in anatomy.leaves if s.role == "head"])
+    roles = INSIDE.get(role, (role,))
+    return [s for s in anatomy.leaves if s.role in roles and s.kind in accepts]
+
+
+def _everything_under(anatomy: Anatomy, modules: Iterable[object]) -> list[Site]:
+    sites: dict[str, Site] = {}
+    for module in modules:
+        for site in anatomy.parameters_under(module):  # type: ignore[arg-type]
+            sites[site.name] = site
+    return list(sites.values())
+
+
+def _by_name(anatomy: Anatomy, method: Method, pattern: str) -> list[Site]:
+    names = [n for n in anatomy.modules if n and matches(n, pattern)]
+    found: list[Site] = [s for s in anatomy.leaves if s.name == pattern and s.kind in method.accepts]
+    for name in names:
+        found += _named(anatomy, method, name)
+    if "attention" not in method.accepts and "sublayer" not in method.accepts and pattern == "":
+        found += _named(anatomy, method, "")
+    return found
+
+
+def _named(anatomy: Anatomy, method: Method, name: str) -> list[Site]:
+    """Return the sites that the module called `name` gives this method."""
+    module, accepts = anatomy.modules[name], method.accepts
+    special = [*anatomy.attentions, *anatomy.sublayers, *anatomy.block_sites()]
+    hits: list[Site] = [
+        s for s in special
+        if s.kind in accepts and (s.module is module or getattr(getattr(s, "x", None), "module", None) is module)
+    ]  # fmt: skip
+    leaf = anatomy.leaf(name, module)
+    if leaf is not None and leaf.kind in accepts:
+        hits.append(leaf)
+    elif leaf is None and not hits and "parameter" in accepts:
+        hits += anatomy.parameters_under(module)
+    return hits
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a module path is meant: exactly, by its last components, or by a glob on the whole path."""
+    if any(c in pattern for c in "*?["):
+        return fnmatch.fnmatchcase(name, pattern)
+    return name == pattern or name.endswith("." + pattern)
+
+
+def _in_layers(sites: list[Site], method: Method) -> list[Site]:
+    if method.layers is None:
+        return sites
+    wanted = layer_numbers(method.layers)
+    there = {s.layer for s in sites if s.layer is not None}
+    missing = sorted(wanted - there)
+    if missing:
+        raise TargetError(
+            f"{method.id}: layers name blocks this model lacks",
+            saw=f"layers {missing}; it has {min(there, default='none')} to {max(there, default='none')}",
+            do="leave those layers out",
+        )
+    return [s for s in sites if s.layer in wanted]
+
+
+def _nothing(anatomy: Anatomy, method: Method, entry: str) -> TargetError:
+    accepts = ", ".join(sorted(method.accepts))
+    if entry in ROLES:
+        have = sorted({s.role for s in anatomy.leaves if s.role and s.kind in method.accepts}
+                      | ({"attention", "ffn"} if anatomy.sublayers else set()))  # fmt: skip
+        return TargetError(
+            f"this {anatomy.family} has no {entry!r} that {method.id} could act on",
+            saw=f"roles found here: {', '.join(have) or 'none'}; {method.id} acts on: {accepts}",
+            do="choose among those roles, or name modules as in [n for n, _ in model.named_modules()]",
+        )
+    hit = [n for n in anatomy.modules if n and matches(n, entry)]
+    if hit:
+        kinds = sorted({type(anatomy.modules[n]).__name__ for n in hit})
+        return TargetError(
+            f"the target {entry!r} names modules that {method.id} cannot act on",
+            saw=f"{hit[0]} and {len(hit) - 1} more: {', '.join(kinds)}",
+            do=f"{method.id} acts on: {accepts}",
+        )
+    last = {n.rsplit(".", 1)[-1] for n in anatomy.modules if n} | set(ROLES)
+    return TargetError(
+        f"the target {entry!r} matches nothing in this {anatomy.family}",
+        saw=f"{len(anatomy.modules)} modules, none called so",
+        do=near(entry.rsplit(".", 1)[-1], last),
+    )
+
+
+def site_names(sites: Iterable[Site]) -> list[str]:
+    return [site.name for site in sites]
+
+
+def by_name(anatomy: Anatomy, method: Method, names: Sequence[str]) -> tuple[Site, ...]:
+    """Return the sites with exactly these names, as a checkpoint lists them."""
+    known: dict[str, Site] = {}
+    everything: list[Site] = [*anatomy.sublayers, *anatomy.attentions, *anatomy.block_sites(),
+                              *anatomy.sequence_sites(), *anatomy.leaves]  # fmt: skip
+    for site in everything:
+        if site.kind in method.accepts:
+            known.setdefault(site.name, site)
+    return tuple(known.get(name) or _bare(anatomy, method, name) for name in names)
+
+
+def _bare(anatomy: Anatomy, method: Method, name: str) -> Site:
+    """Return a site known by its path alone: a leaf without a role, or a bare tensor."""
+    module = anatomy.modules.get(name)
+    site = None if module is None else anatomy.leaf(name, module)
+    if site is None:
+        owner = anatomy.modules.get(name.rpartition(".")[0])
+        options: list[ModuleSite] = [] if owner is None else anatomy.parameters_under(owner)
+        site = next((s for s in options if s.name == name), None)
+    if site is None or site.kind not in method.accepts:
+        raise TargetError(
+            f"this {anatomy.family} has no site {ascii(name)[:200]}",
+            saw=f"{len(anatomy.modules)} modules",
+            do=near(name, anatomy.modules),
+        )
+    return site
+
+
+def is_attention(site: Site) -> bool:
+    return isinstance(site, AttentionSite)

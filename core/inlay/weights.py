@@ -1,0 +1,176 @@
+"""Reading and writing the base's weights: the one place that knows how each layer stores them.
+
+Everything outside sees a weight as (out, in) and a bias as (out,), float32 or wider; a norm's or
+a bare tensor's weight keeps its own shape. Slices of fused projections are cut and put back here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.errors import CannotMerge
+
+if TYPE_CHECKING:
+    from inlay.delta import Delta
+    from inlay.sites import ModuleSite
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return `tensor` in float32, or as it is if wider."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def stored(module: nn.Module, name: str) -> Tensor | None:
+    """Return a module's tensor, through accelerate's weights map if it is offloaded."""
+    tensor = getattr(module, name, None)
+    if tensor is None or tensor.device.type != "meta":
+        return tensor
+    hook = getattr(module, "_hf_hook", None)
+    return tensor if hook is None or hook.weights_map is None else hook.weights_map[name]
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Return whether the module keeps its weight in fewer bits than it computes in (bitsandbytes)."""
+    weight = module._parameters.get("weight")
+    return weight is not None and not weight.is_floating_point()
+
+
+def read(site: ModuleSite) -> tuple[Tensor, Tensor | None]:
+    """Return (weight, bias) of a site, wide, dequantised, (out, in), cut to its slice."""
+    weight = _dequantised(site.module) if is_quantised(site.module) else stored(site.module, site.weight_name)
+    bias = stored(site.module, site.bias_name) if site.bias_name else None
+    if weight is None:
+        raise AttributeError(f"{site.name} has no tensor {site.weight_name!r}")
+    weight = wide(weight).T if site.layer_kind == "conv1d" else wide(weight)
+    if site.layer_kind == "norm":
+        weight = weight + norm_offset(type(site.module))
+    bias = None if bias is None else wide(bias)
+    if site.part is None:
+        return weight, bias
+    start, stop = site.part
+    return weight[start:stop], None if bias is None else bias[start:stop]
+
+
+def as_stored(site: ModuleSite, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    """Return the module's full tensors, in storage layout and dtype, that hold (weight, bias) at the site."""
+    module = site.module
+    old, old_bias = stored(module, site.weight_name), stored(module, site.bias_name or "")
+    assert old is not None
+    if site.layer_kind == "norm":
+        weight = weight - norm_offset(type(module))
+    if bias is not None and old_bias is None and not site.is_linear:
+        raise CannotMerge(
+            "a bias has no place here",
+            saw=f"{site.name} is a {type(module).__name__} without a bias",
+            do="keep this part attached, or leave norms without a bias out of its targets",
+        )
+    if site.part is not None:
+        weight, bias = _spliced(site, weight, bias)
+    weight = weight.T if site.layer_kind == "conv1d" else weight
+    tensors = {site.weight_name: weight.to(old.dtype).contiguous()}
+    if bias is not None and site.bias_name:
+        like = old if old_bias is None else old_bias
+        tensors[site.bias_name] = bias.to(like.dtype).contiguous()
+    return tensors
+
+
+def _spliced(site: ModuleSite, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the whole fused projection's tensors with the slice's rows replaced."""
+    from dataclasses import replace
+
+    assert site.part is not None
+    start, stop = site.part
+    whole, whole_bias = read(replace(site, part=None))
+    whole = whole.clone()
+    whole[start:stop] = weight
+    if bias is not None:
+        whole_bias = torch.zeros_like(whole[:, 0]) if whole_bias is None else whole_bias.clone()
+        whole_bias[start:stop] = bias
+    return whole, whole_bias
+
+
+def _dequantised(module: Any) -> Tensor:
+    """Return a bitsandbytes layer's weight as it acts, (out, in)."""
+    bnb = sys.modules["bitsandbytes"]
+    if isinstance(module, bnb.nn.Linear4bit):
+        weight = module.weight
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            # The CPU kernel repacks the weight at its first forward; only the layer itself reads that.
+            eye = torch.eye(module.in_features, dtype=module.compute_dtype or torch.float32)
+            with torch.no_grad():
+                out: Tensor = bnb.nn.Linear4bit.forward(_without_bias(module), eye)
+            return out.T.float()
+        dequantised: Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        return dequantised.float()
+    state, weight = module.state, module.weight
+    scale = weight.SCB if weight.SCB is not None else state.SCB
+    codes = weight.data if weight.SCB is not None or state.CB is None else state.CB
+    return codes.float() * scale.float().view(-1, 1) / 127.0
+
+
+def _without_bias(module: Any) -> Any:
+    base = getattr(type(module), "_inlay_base", type(module))
+    shadow = object.__new__(base)
+    shadow.__dict__ = {**module.__dict__, "_parameters": {**module._parameters, "bias": None}}
+    return shadow
+
+
+@cache
+def norm_offset(kind: type[nn.Module]) -> float:
+    """Return c where a norm class multiplies by (c + weight): 0, or 1 for Gemma's way."""
+    kind = getattr(kind, "_inlay_base", kind)
+    if issubclass(kind, (nn.LayerNorm, nn.RMSNorm)):
+        return 0.0
+    return 1.0 if "Gemma" in kind.__name__ and "Gemma3n" not in kind.__name__ else 0.0
+
+
+class Level:
+    """Weight and bias of a site after the folds of the members below, as deltas above may ask for.
+
+    The sum of nothing is the base's own tensor. Where lower members learn, the level follows them
+    and carries their gradient; where nothing learns it is computed once.
+    """
+
+    def __init__(self, site: ModuleSite, below: Sequence[Delta]) -> None:
+        self.site, self.below = site, tuple(below)
+        self._key: tuple[int, ...] | None = None
+        self._value: tuple[Tensor, Tensor | None] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.tensors()[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.tensors()[1]
+
+    def tensors(self) -> tuple[Tensor, Tensor | None]:
+        """Return (weight, bias), cached while neither the base nor the members below change."""
+        learning = torch.is_grad_enabled() and any(p.requires_grad for d in self.below for p in d.parameters())
+        if learning or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+            return self._folded()
+        key = self._versions()
+        if self._value is None or self._key != key:
+            with torch.no_grad():
+                self._key, self._value = key, self._folded()
+        return self._value
+
+    def _folded(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = read(self.site)
+        for delta in self.below:
+            weight, bias = delta.fold(weight, bias)
+        return weight, bias
+
+    def _versions(self) -> tuple[int, ...]:
+        base = getattr(self.site.module, self.site.weight_name)
+        tensors = [base, *(p for d in self.below for p in d.parameters())]
+        return tuple(v for t in tensors for v in (t.data_ptr(), t._version))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_key": None, "_value": None}

@@ -1,0 +1,1 @@
+"""Bottleneck adapters for inlay: serial (Houlsby, Pfeiffer) and parallel."""

@@ -1,0 +1,1 @@
+"""Prefix tuning and P-tuning v2 for inlay."""

@@ -1,0 +1,1 @@
+"""BitFit and LN tuning for inlay."""
