@@ -15,6 +15,7 @@ from inlay.sites import Site
 
 if TYPE_CHECKING:
     from inlay.delta import Delta
+    from inlay.method import Method
 
 
 class Adapter:
@@ -41,7 +42,7 @@ class Adapter:
         self.shared = nn.ModuleDict()
         self.data: dict[str, Any] = dict(data or {})
         self.calibration: dict[str, Tensor] = dict(calibration or {})
-        self.training_stage = 0
+        self.children: dict[str, Adapter] = {}
         self._find = find
 
     def place(self, site: Site, delta: Delta) -> Delta:
@@ -71,6 +72,23 @@ class Adapter:
         reference = site.reference if site is not None else (like or self.sites[0].reference)
         name = "" if site is None else f"{site.name}#{sum(s is site for s, _ in self.placed)}"
         return Init(f"{self.seed}/{name}", reference, meta=self.meta)
+
+    def child(self, name: str, method: Method) -> Adapter:
+        """Return the adapter of a method inside this one, its deltas made but owned by the caller."""
+        from inlay.anatomy import Anatomy
+        from inlay.registry import registry
+        from inlay.targets import resolve
+
+        names = {site.name for site in resolve(Anatomy(self.model), method)}
+        sites = tuple(site for site in self.sites if site.name in names)
+        seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()[:4], "little")
+        inner = Adapter(sites, model=self.model, seed=seed, data=self.data.get(name),
+                        calibration=self.calibration, find=self._find, meta=self.meta)  # fmt: skip
+        registry.call("inject", method, sites=sites, adapter=inner)
+        if inner.shared:
+            self.shared[name] = inner.shared
+        self.children[name] = inner
+        return inner
 
     def attached(self, name: str) -> Adapter:
         """Return the adapter attached as `name` ("fr" or "fr/part"): for methods that read others."""

@@ -78,6 +78,10 @@ class Method:
         """Return the delta of one site, its tensors made with `init`. The one thing to write."""
         raise NotImplementedError(f"{type(self).__name__} must define delta() or inject()")
 
+    def parts(self) -> Mapping[str, Method]:
+        """Return the methods inside this one, by name (see `inlay.authoring.Composite`)."""
+        return {}
+
     def suits(self, site: Site) -> bool:
         """Whether the method can act at a site that a role or pattern matched; others are left out."""
         return True

@@ -63,6 +63,11 @@ class Registry:
                     found[entry.name].append(origin)
         return found
 
+    def methods(self) -> dict[str, Origin]:
+        """Return the installed methods by name, with distribution and version; nothing is imported."""
+        offers = {name: found[0] for name, found in sorted(self.origins().items())}
+        return offers | {name: self.origin(kind) for name, kind in self._local.items()}
+
     def get(self, name: str) -> type[Method]:
         """Return the method class called `name`, importing it if need be."""
         if name in self._local:

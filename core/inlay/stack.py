@@ -16,7 +16,7 @@ from inlay.attention import AttentionPort
 from inlay.blocks import BlockPort
 from inlay.context import Call, Slot
 from inlay.errors import ConfigError, StateError, near
-from inlay.hosts import Host
+from inlay.hosts import Deltas, Host
 from inlay.method import Method
 from inlay.registry import registry
 from inlay.sites import Site
@@ -292,7 +292,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _own_prefixes(state: State) -> tuple[str, ...]:
-    return tuple(f"{name}.inlay." if name else "inlay." for name, _ in state.hosts)
+    return tuple(f"{name}." for name, m in state.model.named_modules() if isinstance(m, Deltas))
 
 
 def is_host(module: nn.Module) -> bool:

@@ -19,6 +19,9 @@ INSIDE = {
 
 def resolve(anatomy: Anatomy, method: Method) -> tuple[Site, ...]:
     """Return the sites a method goes to, in model order, each once."""
+    if method.parts():
+        inner = {s.name: s for part in method.parts().values() for s in resolve(anatomy, part)}
+        return _in_model_order(anatomy, list(inner.values()))
     entries = method.default_targets if method.targets is None else method.targets
     if not entries:
         raise TargetError(f"{method.id} has no targets", saw="targets=()", do="name roles or modules")
@@ -26,9 +29,12 @@ def resolve(anatomy: Anatomy, method: Method) -> tuple[Site, ...]:
     for entry in entries:
         for site in _matches(anatomy, method, entry):
             found[site.name] = site
-    chosen = _in_layers(list(found.values()), method)
+    return _in_model_order(anatomy, _in_layers(list(found.values()), method))
+
+
+def _in_model_order(anatomy: Anatomy, sites: list[Site]) -> tuple[Site, ...]:
     order = {name: i for i, name in enumerate(anatomy.modules)}
-    return tuple(sorted(chosen, key=lambda s: order.get(s.name.split("[")[0], -1)))
+    return tuple(sorted(sites, key=lambda s: order.get(s.name.split("[")[0], -1)))
 
 
 def layer_numbers(layers: Sequence[int] | str) -> set[int]:

@@ -1,0 +1,36 @@
+"""What a method's author imports: the base, the faces, settings, and parts that several methods share."""
+
+from inlay.adapter import Adapter, Init, Ref
+from inlay.authoring.composite import Composite
+from inlay.authoring.trained import OwnValues, Shift, Trained
+from inlay.context import At, Call
+from inlay.delta import (
+    AttentionDelta,
+    Change,
+    Compact,
+    Delta,
+    Factored,
+    InputDelta,
+    KeyValues,
+    OutputDelta,
+    SequenceDelta,
+    WeightDelta,
+    Weights,
+)
+from inlay.errors import CannotMerge, ConfigError, TargetError
+from inlay.hookspecs import hookimpl
+from inlay.method import Method
+from inlay.registry import registry
+from inlay.settings import setting
+from inlay.sites import AttentionSite, BlockSite, ModuleSite, SequenceSite, Site, SublayerSite
+from inlay.training import Group, Stage
+
+register = registry.register
+
+__all__ = [
+    "Adapter", "At", "AttentionDelta", "AttentionSite", "BlockSite", "Call", "CannotMerge", "Change",
+    "Compact", "Composite", "ConfigError", "Delta", "Factored", "Group", "Init", "InputDelta", "KeyValues",
+    "Method", "ModuleSite", "OutputDelta", "OwnValues", "Ref", "SequenceDelta", "SequenceSite", "Shift",
+    "Site", "Stage", "SublayerSite", "TargetError", "Trained", "WeightDelta", "Weights", "hookimpl",
+    "register", "setting",
+]  # fmt: skip

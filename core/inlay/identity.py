@@ -1,0 +1,90 @@
+"""The identity of a base model: architecture, configuration, shapes, and a sample of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from inlay.delta import WeightDelta
+from inlay.stack import State, base_state_dict, state_of
+
+VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "id2label",
+            "label2id", "architectures", "output_hidden_states", "output_attentions")  # fmt: skip
+SAMPLES = 16
+
+
+def identity(model: nn.Module) -> dict[str, Any]:
+    """Return what says whether an adapter was made for this base.
+
+    Tensors that an adapter replaces (trained heads) are left out of the weights' sample: freshly
+    initialised, they differ in every process.
+    """
+    tensors = {k: t for k, t in base_state_dict(model).items() if isinstance(t, torch.Tensor)}
+    replaced = _replaced(state_of(model))
+    return {
+        "architecture": type(model).__name__,
+        "config": _digest(json.dumps(_config(model), sort_keys=True, default=str).encode()),
+        "shapes": _digest(json.dumps({k: list(t.shape) for k, t in tensors.items()}, sort_keys=True).encode()),
+        "weights": _sample({k: t for k, t in tensors.items() if k not in replaced}),
+        "left_out": sorted(replaced & tensors.keys()),
+    }
+
+
+def differences(saved: dict[str, Any], model: nn.Module) -> list[str]:
+    """Return in words how `model` differs from the base an adapter was saved for."""
+    tensors = {k: t for k, t in base_state_dict(model).items() if isinstance(t, torch.Tensor)}
+    found = []
+    now = identity(model)
+    for key in ("architecture", "config", "shapes"):
+        if saved.get(key) != now[key]:
+            found.append(f"{key}: {saved.get(key)} then, {now[key]} now")
+    left_out = set(saved.get("left_out", ())) | _replaced(state_of(model))
+    weights = _sample({k: t for k, t in tensors.items() if k not in left_out})
+    if set(saved.get("left_out", ())) == left_out and None not in (saved.get("weights"), weights):
+        if saved["weights"] != weights:
+            found.append("weights: other values than the base it was trained on")
+    return found
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    values = config.to_dict() if hasattr(config, "to_dict") else {}
+    return {k: v for k, v in values.items() if k not in VOLATILE}
+
+
+def _replaced(state: State | None) -> set[str]:
+    names: set[str] = set()
+    if state is None:
+        return names
+    paths = {id(m): n for n, m in state.model.named_modules()}
+    for placed in state.placed.values():
+        for site, delta in placed.adapter.placed:
+            if isinstance(delta, WeightDelta) and delta.replaces:
+                path = paths[id(site.module)]
+                names |= {f"{path}.{n}".lstrip(".") for n, _ in site.module.named_parameters(recurse=False)}
+    return names
+
+
+def _sample(tensors: dict[str, torch.Tensor]) -> str | None:
+    """Digest a few evenly spaced values of every tensor; None where there are none (meta)."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if tensor.device.type == "meta":
+            return None
+        if tensor.numel() == 0:
+            continue
+        flat = tensor.detach().reshape(-1)
+        steps = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel())).long().to(flat.device)
+        values = flat[steps].cpu()
+        values = values.double() if values.is_floating_point() else values.long()
+        digest.update(name.encode() + values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]

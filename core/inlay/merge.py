@@ -1,0 +1,311 @@
+"""Merging: folding deltas into the base's weights, measured, undone bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from inlay.attach import refused_while_merged, remove
+from inlay.compile import Entry, _members
+from inlay.delta import Fold
+from inlay.errors import CannotMerge, MergedError, StateError
+from inlay.masks import apply as apply_masks
+from inlay.programs import Program
+from inlay.registry import registry
+from inlay.sites import ModuleSite
+from inlay.stack import Placed, State, need_state
+from inlay.weights import as_stored, is_quantised, read, stored
+
+PROBES = 16
+
+
+@dataclass(frozen=True)
+class MergedSite:
+    """What folding did at one site: ‖ΔW‖, the measured error of the folded layer against the adapted
+    one as a share of the effect (None where the site has no linear probe), and the share of ΔW
+    lost to the storage dtype's rounding."""
+
+    site: str
+    parts: tuple[str, ...]
+    change: float
+    error: float | None
+    rounding: float
+
+
+@dataclass
+class MergeReport:
+    """The certificate of a merge, site by site."""
+
+    sites: list[MergedSite] = field(default_factory=list)
+    kept_bytes: int = 0
+
+    @property
+    def worst(self) -> float:
+        return max((s.error for s in self.sites if s.error is not None), default=0.0)
+
+    def __str__(self) -> str:
+        parts = sorted({p for s in self.sites for p in s.parts})
+        return (
+            f"merged {', '.join(parts)} at {len(self.sites)} sites; largest error {self.worst:.1e} of the "
+            f"effect; {self.kept_bytes:,} bytes kept for unmerge"
+        )
+
+
+def merge(
+    model: nn.Module, parts: Sequence[str] | None = None, *, undo: bool = True, tolerance: float = 1e-3
+) -> MergeReport:
+    """Fold active adapters into the base's weights; return a certificate of what it did.
+
+    `parts` names adapters or parts (default: all that are active). With `undo` a copy of each
+    changed tensor is kept, and `unmerge` restores it bit for bit; without, the folded parts are
+    gone afterwards and a model without other adapters is plain again.
+
+    Raises `CannotMerge`, the model untouched, where a part has no weight form, a member below it
+    stays unmerged and does not commute with it, a storage is shared with another use, the layer
+    is quantised, or a site's measured error is above `tolerance` of the effect.
+    """
+    state = need_state(model)
+    if any(p.merged for p in state.placed.values()):
+        raise refused_while_merged(state, "merge")
+    chosen = _chosen(state, parts)
+    folds = {p.id: registry.call("merge", p.method, adapter=p.adapter) for p in chosen}
+    modules = _entries_by_module(state)
+    for entries in modules.values():
+        _check_order(entries, {p.id for p in chosen})
+    report = MergeReport()
+    written: list[tuple[nn.Module, str, Tensor | None]] = []
+    try:
+        for entries in modules.values():
+            _merge_module(state, entries, folds, tolerance, report, written)
+    except BaseException:
+        _put_back(written)
+        raise
+    for placed in chosen:
+        placed.merged = True
+    if undo:
+        state.merged_tensors = written
+        report.kept_bytes = sum(t.numel() * t.element_size() for _, _, t in written if t is not None)
+        apply_masks(state)
+        state.activate()
+    else:
+        remove(state, chosen)
+    return report
+
+
+def unmerge(model: nn.Module) -> None:
+    """Restore every merged weight to the very bits it had; the adapters act again."""
+    state = need_state(model)
+    if not state.merged_tensors:
+        raise StateError("nothing is merged", saw="no kept weights", do="merge with undo=True to be able to undo")
+    _put_back(state.merged_tensors)
+    state.merged_tensors = []
+    for placed in state.placed.values():
+        placed.merged = False
+    apply_masks(state)
+    state.activate()
+
+
+def _chosen(state: State, parts: Sequence[str] | None) -> list[Placed]:
+    if isinstance(parts, str):
+        parts = [parts]
+    active = [state.placed[i] for i in state.active]
+    chosen = active if parts is None else state.find_all(parts)
+    idle = [p.path for p in chosen if p.id not in state.active]
+    if idle or not chosen:
+        raise CannotMerge(
+            "only active adapters can be merged",
+            saw=f"not active: {', '.join(idle) or 'any'}",
+            do="attach it active, or load it with activate=True",
+        )
+    return sorted(chosen, key=lambda p: state.active.index(p.id))
+
+
+def _entries_by_module(state: State) -> dict[int, list[Entry]]:
+    """Return the active entries of each leaf module, in stack order."""
+    modules: dict[int, list[Entry]] = {}
+    for number in state.active:
+        placed = state.placed[number]
+        for site, delta in placed.adapter.placed:
+            modules.setdefault(id(site.module), []).append((placed, site, delta))
+    return modules
+
+
+def _check_order(entries: Sequence[Entry], chosen: set[int]) -> None:
+    """A member folds if all below it are folded, or it and those left below are functions of x alone."""
+    left: list[Entry] = []
+    for entry in entries:
+        placed, site, delta = entry
+        if placed.id not in chosen:
+            left.append(entry)
+            continue
+        for below in left:
+            if not (delta.additive and below[2].additive):
+                raise CannotMerge(
+                    f"{placed.path!r} cannot be merged over {below[0].path!r}, which stays",
+                    saw=f"at {site.name} they do not commute",
+                    do=f"merge both, or stack {placed.part_name!r} below {below[0].part_name!r}",
+                )
+
+
+def _merge_module(
+    state: State,
+    entries: Sequence[Entry],
+    folds: dict[int, dict[ModuleSite, Fold]],
+    tolerance: float,
+    report: MergeReport,
+    written: list[tuple[nn.Module, str, Tensor | None]],
+) -> None:
+    """Fold every chosen entry of one module, slice by slice."""
+    sites: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry[0].id in folds:
+            sites.setdefault(entry[1].name, []).append(entry)
+    for here in sites.values():
+        site = here[0][1]
+        assert isinstance(site, ModuleSite)
+        check_can_write(state, site)
+        with torch.no_grad():
+            weight, bias = read(site)
+            folded = _folded(here, folds, weight, bias)
+            error = _measured(state, here, (weight, bias), folded)
+            _check_result(site, here, folded, error, tolerance)
+            written += _write(site.module, as_stored(site, *folded))
+            change = folded[0] - weight
+            lost = (read(site)[0] - folded[0]).norm() / change.norm().clamp(min=1e-30)
+        names = tuple(dict.fromkeys(p.path for p, _, _ in here))
+        report.sites.append(MergedSite(site.name, names, float(change.norm()), error, float(lost)))
+
+
+def _folded(
+    here: Sequence[Entry], folds: dict[int, dict[ModuleSite, Fold]], weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    done: set[int] = set()
+    for placed, site, _ in here:
+        if placed.id not in done:
+            fold = next(f for s, f in folds[placed.id].items() if s.name == site.name)
+            weight, bias = fold(weight, bias)
+            done.add(placed.id)
+    return weight, bias
+
+
+def _measured(
+    state: State,
+    here: Sequence[Entry],
+    base: tuple[Tensor, Tensor | None],
+    folded: tuple[Tensor, Tensor | None],
+) -> float | None:
+    """Return ‖folded(x) − adapted(x)‖ / ‖adapted(x) − base(x)‖ on probes; deltas compute in their own dtype."""
+    site = here[0][1]
+    assert isinstance(site, ModuleSite)
+    if not site.is_linear or any(d.face == "weight" for _, _, d in here):
+        return None
+    deltas = [d for _, _, d in here]
+    modes = [d.training for d in deltas]
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(PROBES, site.in_features, generator=generator).to(base[0].device, site.reference.dtype)
+    members = _members(state, here)
+    for member in members:
+        member.part = None
+    for delta in deltas:
+        delta.eval()
+    try:
+        plain = _linear(probe, base)
+        adapted = Program(members).run(lambda x: _linear(x, base), probe)
+    finally:
+        for delta, mode in zip(deltas, modes, strict=True):
+            delta.train(mode)
+    effect = (adapted - plain).norm()
+    return float((_linear(probe, folded) - adapted).norm() / effect) if effect > 0 else 0.0
+
+
+def _linear(x: Tensor, tensors: tuple[Tensor, Tensor | None]) -> Tensor:
+    return nn.functional.linear(x.to(tensors[0].dtype), *tensors)
+
+
+def _check_result(
+    site: ModuleSite, here: Sequence[Entry], folded: tuple[Tensor, Tensor | None], error: float | None, most: float
+) -> None:
+    names = ", ".join(dict.fromkeys(p.path for p, _, _ in here))
+    if not all(bool(t.isfinite().all()) for t in folded if t is not None):
+        raise CannotMerge(
+            "folding gives values that are not finite", saw=f"{names} at {site.name}", do="check the adapter"
+        )
+    # A delta that computes in bfloat16 differs from its float32 fold by its own rounding.
+    most = max(most, 8 * torch.finfo(site.reference.dtype).eps)
+    if error is not None and error > most:
+        raise CannotMerge(
+            "the folded layer does not do what the adapted one does",
+            saw=f"{names} at {site.name}: error {error:.1e} of the effect, tolerance {most:.1e}",
+            do="the method's fold is wrong, or its forward is not linear; keep it attached",
+        )
+
+
+def check_can_write(state: State, site: ModuleSite) -> None:
+    """Raise unless the site's weight can be replaced without changing anything else."""
+    module = site.module
+    weight = module._parameters.get(site.weight_name)
+    reason = ""
+    if weight is None:
+        reason = "its weight is computed by a parametrization; remove that first"
+    elif is_quantised(module):
+        reason = "it is quantised; merge into a model loaded without quantisation"
+    elif type(weight.data).__name__ == "DTensor" or hasattr(weight, "placements"):
+        reason = "its weight is sharded; merge before sharding, or load on one process"
+    else:
+        reason = _shared_with(state, site, weight)
+    if reason:
+        raise CannotMerge(
+            "the weight cannot be written", saw=f"{site.name}: {reason}", do="merge other parts, or keep it attached"
+        )
+
+
+def _shared_with(state: State, site: ModuleSite, weight: Tensor) -> str:
+    """Return why writing would change another use of the same storage, or ""."""
+    if weight.device.type == "meta":
+        return ""
+    storage = weight.untyped_storage().data_ptr()
+    for name, parameter in state.model.named_parameters(remove_duplicate=False):
+        owner = state.model.get_submodule(name.rpartition(".")[0])
+        if owner is not site.module and parameter.device.type != "meta":
+            if parameter.untyped_storage().data_ptr() == storage != 0:
+                return f"its storage is tied to {name}; untie them, or keep it attached"
+    return ""
+
+
+def _write(module: nn.Module, tensors: dict[str, Tensor]) -> list[tuple[nn.Module, str, Tensor | None]]:
+    """Put tensors into a module's parameters; return what was there."""
+    old: list[tuple[nn.Module, str, Tensor | None]] = []
+    for name, tensor in tensors.items():
+        parameter = module._parameters.get(name)
+        if parameter is None:
+            old.append((module, name, None))
+            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        elif parameter.device.type == "meta":
+            kept = stored(module, name)
+            assert kept is not None
+            old.append((module, name, kept.clone()))
+            kept.copy_(tensor)
+        else:
+            old.append((module, name, parameter.data))
+            parameter.data = tensor.to(parameter.device)
+    return old
+
+
+def _put_back(written: Sequence[tuple[nn.Module, str, Tensor | None]]) -> None:
+    for module, name, tensor in reversed(written):
+        parameter = module._parameters[name]
+        if tensor is None:
+            module._parameters[name] = None
+        elif parameter is not None and parameter.device.type == "meta":
+            kept = stored(module, name)
+            assert kept is not None
+            kept.copy_(tensor)
+        else:
+            assert parameter is not None
+            parameter.data = tensor
+
+
+__all__ = ["MergeReport", "MergedError", "MergedSite", "check_can_write", "merge", "unmerge"]
