@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -10,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from inlay.delta import Delta, Ref
 from inlay.errors import AttachError
 from inlay.sites import Site
 
 if TYPE_CHECKING:
-    from inlay.delta import Delta
     from inlay.method import Method
 
 
@@ -40,7 +41,7 @@ class Adapter:
         self.sites, self.model, self.seed, self.meta = sites, model, seed, meta
         self.placed: list[tuple[Site, Delta]] = []
         self.shared = nn.ModuleDict()
-        self.data: dict[str, Any] = dict(data or {})
+        self.data: dict[str, Any] = copy.deepcopy(dict(data or {}))
         self.calibration: dict[str, Tensor] = dict(calibration or {})
         self.children: dict[str, Adapter] = {}
         self._find = find
@@ -67,10 +68,10 @@ class Adapter:
         self.shared[name] = module
         return Ref(module)
 
-    def init(self, site: Site | None = None, *, like: Tensor | None = None) -> Init:
-        """Return a maker of tensors for `site` (or for a shared part): seeded, typed and placed."""
-        reference = site.reference if site is not None else (like or self.sites[0].reference)
-        name = "" if site is None else f"{site.name}#{sum(s is site for s, _ in self.placed)}"
+    def init(self, site: Site | None = None, *, like: Tensor | None = None, shared: str = "") -> Init:
+        """Return a maker of tensors for `site`, or for the part `shared`: seeded, typed and placed."""
+        reference = site.reference if site is not None else self.sites[0].reference if like is None else like
+        name = shared if site is None else f"{site.name}#{sum(s is site for s, _ in self.placed)}"
         return Init(f"{self.seed}/{name}", reference, meta=self.meta)
 
     def child(self, name: str, method: Method) -> Adapter:
@@ -82,8 +83,9 @@ class Adapter:
         names = {site.name for site in resolve(Anatomy(self.model), method)}
         sites = tuple(site for site in self.sites if site.name in names)
         seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()[:4], "little")
-        inner = Adapter(sites, model=self.model, seed=seed, data=self.data.get(name),
-                        calibration=self.calibration, find=self._find, meta=self.meta)  # fmt: skip
+        inner = Adapter(sites, model=self.model, seed=seed, calibration=self.calibration, find=self._find,
+                        meta=self.meta)  # fmt: skip
+        inner.data = self.data.setdefault(name, {})
         registry.call("inject", method, sites=sites, adapter=inner)
         if inner.shared:
             self.shared[name] = inner.shared
@@ -117,6 +119,14 @@ class Adapter:
             for name, parameter in module.named_parameters():
                 yield f"{prefix}.{name}", parameter
 
+    @property
+    def base_size(self) -> int:
+        """How many parameters the base model has, without any adapter's."""
+        from inlay.hosts import Deltas
+
+        own = {p for m in self.model.modules() if isinstance(m, Deltas) for p in m.parameters()}
+        return sum(p.numel() for p in self.model.parameters() if p not in own)
+
     def trainable_names(self) -> list[str]:
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
 
@@ -127,16 +137,6 @@ class Adapter:
             for prefix, module in self.modules()
             for name, tensor in module.state_dict().items()
         }
-
-
-class Ref:
-    """A module used but not owned: not registered, not saved twice. `ref.module` is the module."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
 
 
 class Init:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from inlay.sites import AttentionSite, BlockSite, ModuleSite, SequenceSite, Site, SublayerSite, Tap
+from inlay.sites import AttentionSite, BlockSite, ModuleSite, SequenceSite, SublayerSite, Tap
 
 ALIASES = {
     "query": ("q_proj", "query", "q", "q_lin", "q_attn"),
@@ -23,9 +23,10 @@ ALIASES = {
     "up": ("up_proj", "fc1", "c_fc", "wi", "wi_1", "lin1"),
     "down": ("down_proj", "fc2", "wo", "lin2"),
 }
+OUTSIDE_BLOCKS = {"norm": "norm", "conv2d": "embedding", "linear": "pooler"}  # the convolution embeds patches
 FUSED = {"c_attn": ("query", "key", "value")}
 ROLES = ("query", "key", "value", "output", "gate", "up", "down", "attention", "ffn", "norm",
-         "embedding", "head", "block", "linear", "cross_attention")  # fmt: skip
+         "embedding", "pooler", "head", "block", "linear", "cross_attention")  # fmt: skip
 
 
 @dataclass
@@ -47,10 +48,9 @@ class Anatomy:
         self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self.names: dict[nn.Module, str] = {module: name for name, module in self.modules.items()}
         self.blocks = self._find_blocks()
-        self._inside = {
-            id(m): block for block in self.blocks for m in block.module.modules()
-        }
+        self._inside = {id(m): block for block in self.blocks for m in block.module.modules()}
         self.leaves: list[ModuleSite] = list(self._leaves())
+        self._whole = {id(s.module): s for s in self.leaves if s.part is None}
         self.sublayers: list[SublayerSite] = [s for b in self.blocks for s in self._sublayers(b)]
         self.attentions: list[AttentionSite] = self._attention_sites()
 
@@ -82,6 +82,8 @@ class Anatomy:
 
     def leaf(self, name: str, module: nn.Module) -> ModuleSite | None:
         """Return a site for a leaf layer known only by name, or None if its kind is unknown."""
+        if id(module) in self._whole:
+            return self._whole[id(module)]
         kind = layer_kind(module)
         block = self._inside.get(id(module))
         if kind is None:
@@ -168,6 +170,8 @@ class Anatomy:
     def _leaf_roles(
         self, name: str, module: nn.Module, kind: str, block: Block | None
     ) -> tuple[list[str], bool]:
+        if block is None and kind in OUTSIDE_BLOCKS:
+            return [OUTSIDE_BLOCKS[kind] if kind != "linear" or "pooler" in name.split(".") else ""], False
         if block is None or kind not in ("linear", "conv1d"):
             inside = block is not None and any(name.startswith(a + ".") for a, _, _ in block.attentions)
             return (["norm"] if kind == "norm" and not inside else [""]), False
@@ -301,6 +305,8 @@ def layer_kind(module: nn.Module) -> str | None:
         return "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"
+    if isinstance(module, nn.Conv2d):
+        return "conv2d"
     name = type(module).__name__
     weight = module._parameters.get("weight")
     if name == "Conv1D" and weight is not None and weight.dim() == 2:
@@ -332,10 +338,3 @@ def _slices(module: nn.Module, roles: list[str]) -> Iterator[tuple[str, tuple[in
     width = module.weight.shape[1] // len(roles)  # type: ignore[union-attr,operator]
     for i, role in enumerate(roles):
         yield role, (i * width, (i + 1) * width)
-
-
-def find_sites(model: nn.Module, name: str) -> Site | None:
-    """Return the site called `name` in `model`, or None."""
-    anatomy = Anatomy(model)
-    everything: list[Site] = [*anatomy.leaves, *anatomy.sublayers, *anatomy.attentions]
-    return next((s for s in everything if s.name == name), None)

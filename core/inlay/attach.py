@@ -11,8 +11,8 @@ from torch import nn
 from inlay import attention, masks
 from inlay.attention import AttentionPort
 from inlay.blocks import BlockPort
-from inlay.compile import _StackPlan, _taps
-from inlay.errors import AttachError, ConfigError, MergedError
+from inlay.compile import StackPlan, taps_of
+from inlay.errors import AttachError, ConfigError, MergedError, shown
 from inlay.hosts import (
     CHILD,
     Deltas,
@@ -27,8 +27,8 @@ from inlay.hosts import (
     unbind_checkpointing,
 )
 from inlay.method import Method
-from inlay.plan import Plan, PlannedPart, build, resolve_stack, tied_names, with_trained
-from inlay.sites import AttentionSite, BlockSite, SequenceSite, Site
+from inlay.plan import Plan, PlannedPart, build, check_module, resolve_stack, tied_names, with_trained
+from inlay.sites import AttentionSite, BlockSite, SequenceSite
 from inlay.stack import Part, Placed, Stack, State, check_name, need_state, state_of
 
 
@@ -55,6 +55,8 @@ def attach(
     state = start(model, name, "attach")
     resolved = resolve_stack(model, with_trained(Stack.of(what), train))
     seed = int(torch.randint(2**31, ()).item()) if seed is None else seed
+    if not isinstance(seed, int) or not 0 <= seed < 2**53:
+        raise ConfigError("this cannot be a seed", saw=f"seed={shown(seed)}", do="give an integer from 0 on")
     built = build(state, name, resolved, seed=seed, data=data)
     place(state, built, activate=activate, trainable=trainable)
     return report(state, built)
@@ -88,10 +90,7 @@ def set_trainable(model: nn.Module, *names: str) -> None:
 
 def start(model: nn.Module, name: str, verb: str) -> State:
     """Return the model's state for a new adapter called `name`, or raise."""
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"{verb} needs a torch module", saw=f"a {type(model).__name__}", do="pass the model itself"
-        )
+    check_module(model, verb)
     state = state_of(model)
     if state is None:
         if any(isinstance(m, Host) for m in model.modules()):
@@ -185,7 +184,7 @@ def _needed(state: State, built: Sequence[Placed]) -> list[nn.Module]:
     names = {id(m): n for n, m in state.model.named_modules()}
     by_id = {id(m): m for m in state.model.modules()}
     trial = State(state.model, state.slot, {p.id: p for p in built})
-    plan = _StackPlan(trial, tuple(p.id for p in built))
+    plan = StackPlan(trial, tuple(p.id for p in built))
     for placed in built:
         for site, delta in placed.adapter.placed:
             if isinstance(site, AttentionSite):
@@ -196,7 +195,7 @@ def _needed(state: State, built: Sequence[Placed]) -> list[nn.Module]:
             elif not isinstance(site, BlockSite):
                 modules[id(site.module)] = site.module
             del delta
-    modules.update({key: by_id[key] for key in _taps([plan])})
+    modules.update({key: by_id[key] for key in taps_of([plan])})
     new = [m for m in modules.values() if not isinstance(m, Host)]
     for module in new:
         check_can_host(module, names.get(id(module), "?"))
@@ -220,7 +219,7 @@ def _open(state: State, undo: list[Callable[[], Any]]) -> None:
     scopes = [
         (name, module)
         for name, module in state.model.named_modules()
-        if module is state.model or hasattr(module, "save_pretrained") and hasattr(module, "config")
+        if module is state.model or (hasattr(module, "save_pretrained") and hasattr(module, "config"))
     ]
     for name, module in scopes:
         check_can_host(module, name)
@@ -272,7 +271,9 @@ def _register(state: State, placed: Placed, undo: list[Callable[[], Any]]) -> No
         placed.adapter.shared.train(state.model.training)
 
 
-def _adopt(state: State, owner: nn.Module, key: str, module: nn.Module, undo: list[Callable[[], Any]]) -> None:
+def _adopt(
+    state: State, owner: nn.Module, key: str, module: nn.Module, undo: list[Callable[[], Any]]
+) -> None:
     if CHILD not in owner._modules:
         if hasattr(owner, CHILD):
             check_can_host(owner, type(owner).__name__)
@@ -300,8 +301,8 @@ def _unregister(state: State, placed: Placed) -> None:
 
 def _prune(state: State) -> None:
     """Let go of hosts and ports that no remaining part uses, and renumber the rest."""
-    plan = _StackPlan(state, tuple(state.placed))
-    used = set(plan.entries) | set(_taps([plan]))
+    plan = StackPlan(state, tuple(state.placed))
+    used = set(plan.entries) | set(taps_of([plan]))
     kept = [(n, m) for n, m in state.hosts if id(m) in used or "_inlay_state" in m.__dict__]
     for name, module in state.hosts:
         if (name, module) not in kept:
@@ -350,7 +351,3 @@ def sites_still_there(state: State) -> list[str]:
     """Return the names of hosts that are no longer the objects attached to (resized embeddings)."""
     now = dict(state.model.named_modules(remove_duplicate=False))
     return [name for name, module in state.hosts if now.get(name) is not module]
-
-
-def all_sites(state: State) -> list[Site]:
-    return [site for p in state.placed.values() for site, _ in p.adapter.placed]

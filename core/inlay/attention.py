@@ -32,6 +32,10 @@ class AttentionPort:
         self.config: Any = site.module.config
         self.program: Any = None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        register()  # a pickle may be the first of us that a process sees
+        self.__dict__.update(state)
+
 
 class Columns:
     """The members of one attention module: their keys and values side by side, in stack order."""
@@ -136,6 +140,12 @@ def attention(
     if not columns:
         result: tuple[Tensor, Tensor | None] = own(module, query, key, value, attention_mask, **kwargs)
         return result
+    if kwargs.get("cache") is not None:
+        raise StateError(
+            "a paged cache would keep an adapter's extra keys and values as tokens",
+            saw=f"continuous batching with {port.site.name} adapted",
+            do="use model.generate without continuous batching",
+        )
     width, mask, kwargs = widened(module, query, key, attention_mask, columns, kwargs)
     key = torch.cat([*(_fitted(c.key, key) for c in columns), key], dim=2)
     value = torch.cat([*(_fitted(c.value, value) for c in columns), value], dim=2)
@@ -146,12 +156,6 @@ def attention(
 def implementation(module: nn.Module, name: str) -> Callable[..., Any]:
     """Return the attention function a config's `name` means for this module's file."""
     source = sys.modules[type(module).__module__]
-    if name is not None and name.startswith("paged"):
-        raise StateError(
-            "a paged cache cannot hold an adapter's extra keys and values",
-            saw=f"attn_implementation={name!r}",
-            do="use model.generate without continuous batching, or merge what merges",
-        )
     found: Callable[..., Any] = source.ALL_ATTENTION_FUNCTIONS.get_interface(
         name, source.eager_attention_forward
     )
@@ -226,7 +230,9 @@ def _fitted(extra: Tensor, like: Tensor) -> Tensor:
     return extra.to(like.dtype)
 
 
-def run_prompt(call: Call, alone: Call, site: SequenceSite, members: Sequence[tuple[Delta, At]]) -> dict[str, Tensor]:
+def run_prompt(
+    call: Call, alone: Call, site: SequenceSite, members: Sequence[tuple[Delta, At]]
+) -> dict[str, Tensor]:
     """Evaluate a stack's virtual tokens once, batch 1, at positions −p…−1; return their keys and values.
 
     `alone` is a call in which only that stack is active. Exact for causal models: what the rows

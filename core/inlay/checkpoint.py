@@ -7,11 +7,12 @@ with the file's header before anything is allocated. Never pickle, never the net
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import json
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -19,21 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from inlay import identity, manifest
+from inlay import identity, manifest, tensorfile
 from inlay.adapter import Adapter
 from inlay.attach import place, start
-from inlay.errors import CheckpointError, InlayError, RegistryError, near
-from inlay.manifest import FILE, damaged, read_manifest
+from inlay.errors import CheckpointError, ConfigError, InlayError, RegistryError, near, shown
+from inlay.manifest import FILE, MAX_METHODS, damaged, read_manifest
 from inlay.plan import build_adapter, resolve_names
 from inlay.registry import registry
+from inlay.settings import is_method
 from inlay.sites import Site
-from inlay.stack import Part, Placed, State, check_name, need_state
+from inlay.stack import Part, Placed, Stack, State, check_name, need_state
 
-PATTERN = re.compile(r"adapter-[0-9a-f]{64}\.safetensors")
+CALIBRATION = "calibration:"
+LEAST_ROOM = 1 << 20  # numbers an adapter may always hold beside what is saved
 
 
 def save(
@@ -43,23 +45,24 @@ def save(
 
     The old checkpoint in the folder stays whole until the new one is complete. Saving over a
     checkpoint of another stack is refused unless `overwrite`. Merged parts are saved as if
-    unmerged.
+    unmerged. The digest covers the manifest and, through it, the tensors.
     """
     state = need_state(model)
     placed = state.find(name) if name is not None else _all_parts(state)
     path = Path(folder)
     tensors: dict[str, Tensor] = {}
-    parts = [_describe(p, number, tensors) for number, p in enumerate(placed)]
-    _refuse_other_stack(path, parts, overwrite)
+    named = zip(placed, _part_names(placed), strict=True)
+    parts = [_describe(p, part_name, number, tensors) for number, (p, part_name) in enumerate(named)]
     data = to_bytes(tensors)
-    digest = hashlib.sha256(data).hexdigest()
-    content = {
+    content = manifest.sealed({
         "format": manifest.FORMAT, "parts": parts, "base": identity.identity(model),
-        "tensors": f"adapter-{digest}.safetensors", "digest": digest, "seed": placed[0].adapter.seed,
+        "tensors": tensorfile.file_name(data),
         "versions": {"inlay": version("inlay"), "torch": str(torch.__version__)},
-    }  # fmt: skip
-    _commit(path, str(content["tensors"]), data, json.dumps(content, indent=1, ensure_ascii=True).encode())
-    return digest
+    })  # fmt: skip
+    _refuse_other_stack(path, content["parts"], overwrite)
+    text = json.dumps(content, indent=1, ensure_ascii=True)
+    tensorfile.commit(path, content["tensors"], data, text.encode())
+    return str(content["digest"])
 
 
 def load(
@@ -75,32 +78,39 @@ def load(
     """Load a checkpoint onto `model` as the adapter `name`; return how many tensors it held.
 
     `allow` limits which installed methods the manifest may choose. `expected_digest`, known from
-    elsewhere, proves the tensors are the ones meant; the digest inside the folder only detects
+    elsewhere, proves the checkpoint is the one meant; the digest inside the folder only detects
     damage. Raises `CheckpointError` (or what building the stack raises) with the model untouched.
     """
     state = start(model, name, "load")
     path = Path(folder)
     content = read_manifest(path)
-    parts = [_part(entry, allow) for entry in content["parts"]]
+    if expected_digest is not None and content["digest"] != expected_digest:
+        raise CheckpointError(
+            "this is not the checkpoint you expected",
+            saw=f"digest {content['digest']!a}",
+            do=f"you expected {ascii(shown(expected_digest))}; get the checkpoint from its author",
+        )
+    entries = content["parts"]
+    stack = Stack(tuple(_part(entry, allow) for entry in entries))
     differing = _check_base(model, content["base"])
-    with _verified(path, content, expected_digest) as file:
-        resolved = resolve_names(model, [(p, e["sites"]) for p, e in zip(parts, content["parts"], strict=True)])
-        stored = _by_part(file, len(parts))
-        migrated = [
-            _migrated(file, part, entry, stored[number])
-            for number, (part, entry) in enumerate(zip(parts, content["parts"], strict=True))
+    with tensorfile.opened(path, content["tensors"]) as file:
+        resolved = resolve_names(model, list(zip(stack.parts, [e["sites"] for e in entries], strict=True)))
+        stored = tensorfile.by_part(file, len(entries))
+        sources = [
+            _Source(state, file, part, sites, entry, keys)
+            for (part, sites), entry, keys in zip(resolved, entries, stored, strict=True)
         ]
-        built = _build(state, name, resolved, content, stored, migrated, file)
-    for placed, values in zip(built, migrated, strict=True):
-        _fill(placed, values)
-    place(state, built, activate=activate, trainable=trainable)
+        for source in sources:
+            source.check()
+        built = [source.placed(name, state.next_id + number) for number, source in enumerate(sources)]
     if differing:
         warnings.warn(
-            f"this adapter was saved for another base: {'; '.join(differing)}. It fits in shape and was "
-            "loaded; its effect on other weights is unknown.",
+            f"this adapter was saved for another base: {'; '.join(differing)}. It fits in shape; its effect "
+            "on other weights is unknown.",
             stacklevel=2,
         )
-    return sum(len(values) for values in migrated)
+    place(state, built, activate=activate, trainable=trainable)
+    return sum(len(source.values) for source in sources)
 
 
 # -- saving --------------------------------------------------------------------------------------
@@ -110,11 +120,20 @@ def _all_parts(state: State) -> list[Placed]:
     return [state.placed[i] for i in state.active] or list(state.placed.values())
 
 
-def _describe(placed: Placed, number: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _part_names(placed: Sequence[Placed]) -> list[str]:
+    """Return unique names for the parts: their own, or, where two adapters share one, "adapter:part"."""
+    counts = Counter(p.part_name for p in placed)
+    names = [p.part_name if counts[p.part_name] == 1 else f"{p.adapter_name}:{p.part_name}" for p in placed]
+    for name in names:
+        check_name(name, "part")
+    return names
+
+
+def _describe(placed: Placed, name: str, number: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Return a part's entry in the manifest, and add its tensors under "<number>/<local name>"."""
     method, adapter = placed.method, placed.adapter
     state = dict(registry.call("state_dict", method, adapter=adapter))
-    calibration = {f"{manifest_calibration}{k}": t for k, t in adapter.calibration.items()}
+    calibration = {f"{CALIBRATION}{k}": t for k, t in adapter.calibration.items()}
     for key, tensor in {**state, **calibration}.items():
         full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         if full.is_floating_point() and not bool(full.isfinite().all()):
@@ -124,14 +143,11 @@ def _describe(placed: Placed, number: int, tensors: dict[str, Tensor]) -> dict[s
         tensors[f"{number}/{key}"] = full.detach().cpu().contiguous().clone()
     origin = registry.origin(type(method))
     return {
-        "name": placed.part_name, "method": method.id, "distribution": origin.distribution,
+        "name": name, "method": method.id, "distribution": origin.distribution,
         "version": origin.version, "method_version": method.version, "settings": method.to_dict(),
         "sites": [site.name for site in adapter.sites], "data": adapter.data,
-        "calibration": sorted(adapter.calibration),
+        "calibration": sorted(adapter.calibration), "seed": adapter.seed,
     }  # fmt: skip
-
-
-manifest_calibration = "calibration:"
 
 
 def _refuse_other_stack(path: Path, parts: list[dict[str, Any]], overwrite: bool) -> None:
@@ -141,7 +157,9 @@ def _refuse_other_stack(path: Path, parts: list[dict[str, Any]], overwrite: bool
         there = read_manifest(path)["parts"]
     except InlayError as error:
         raise CheckpointError(
-            f"the folder holds an {FILE} that cannot be read", saw=error.saw, do="pass overwrite=True to replace it"
+            f"the folder holds an {FILE} that cannot be read",
+            saw=error.saw,
+            do="pass overwrite=True to replace it",
         ) from error
     if [_kind(p) for p in there] != [_kind(p) for p in parts]:
         raise CheckpointError(
@@ -155,82 +173,64 @@ def _kind(part: dict[str, Any]) -> str:
     return json.dumps([part["name"], part["method"], part["settings"]], sort_keys=True)
 
 
-def _commit(folder: Path, name: str, data: bytes, content: bytes) -> None:
-    """Write the tensors, then replace the manifest: that is the commit. Then drop older tensor files."""
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
-    temporary = folder / f".{FILE}.{os.getpid()}"
-    fresh = not (folder / name).exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if fresh:
-            _write_synced(folder / f".{name}.{os.getpid()}", data)
-            os.replace(folder / f".{name}.{os.getpid()}", folder / name)
-        _write_synced(temporary, content)
-        os.replace(temporary, folder / FILE)
-    except BaseException:
-        leftovers = [temporary, folder / f".{name}.{os.getpid()}", *([folder / name] if fresh else [])]
-        for leftover in leftovers:
-            leftover.unlink(missing_ok=True)
-        for directory in made:
-            if directory.exists():
-                directory.rmdir()
-        raise
-    _sync_directory(folder)
-    for old in folder.iterdir():
-        stale = PATTERN.fullmatch(old.name) and old.name != name
-        if stale or old.name.startswith((".adapter-", f".{FILE}.")):
-            old.unlink(missing_ok=True)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # -- loading -------------------------------------------------------------------------------------
 
 
 def _part(entry: dict[str, Any], allow: Sequence[str] | None) -> Part:
     """Return a part of the manifest as a configured method; names the package to install if absent."""
+    if allow is not None and not isinstance(allow, (list, tuple, set, frozenset)):
+        raise ConfigError("allow is a list of methods", saw=f"allow={shown(allow)}", do='allow=["lora"]')
     check_name(entry["name"], "part")
-    for method in _methods_named(entry):
+    wanted = list(_methods_named(entry))
+    if len(wanted) > MAX_METHODS:
+        raise damaged(f"a part with {len(wanted):,} methods inside, at most {MAX_METHODS} are read")
+    for method in wanted:
         if allow is not None and method not in allow:
             raise CheckpointError(
                 "the checkpoint asks for a method that is not allowed here",
                 saw=ascii(method)[:100],
                 do=f"allow=[...] permits only {sorted(allow)}",
             )
-        if method not in registry.origins() and method not in registry._local:
-            raise RegistryError(
-                f"the checkpoint needs the method {ascii(method)[:100]}, which is not installed",
-                saw=f"saved with {ascii(entry['distribution'])[:100]} {ascii(entry['version'])[:50]}",
-                do=f"pip install {entry['distribution']}"
-                if re.fullmatch(r"[A-Za-z0-9._-]{1,100}", entry["distribution"])
-                else near(method, registry.origins()),
-            )
-    return Part(entry["name"], registry.build(entry["method"], entry["settings"]))
+        if method not in registry.methods():
+            raise _not_installed(method, entry)
+    with _from_file(entry):
+        return Part(entry["name"], registry.build(entry["method"], entry["settings"]))
 
 
-def _methods_named(value: Any) -> Iterator[str]:
+def _not_installed(method: str, entry: dict[str, Any]) -> RegistryError:
+    package = entry["distribution"]
+    known = bool(re.fullmatch(r"[A-Za-z0-9._-]{1,100}", package)) and method == entry["method"]
+    return RegistryError(
+        f"the checkpoint needs the method {ascii(method)[:100]}, which is not installed",
+        saw=f"saved with {ascii(package)[:100]} {ascii(entry['version'])[:50]}",
+        do=f"pip install {package} (if you trust it: the checkpoint names it)"
+        if known
+        else near(method, registry.methods()),
+    )
+
+
+@contextmanager
+def _from_file(entry: dict[str, Any]) -> Iterator[None]:
+    """Turn what a method raises on hostile settings or data into an error about the checkpoint."""
+    try:
+        yield
+    except InlayError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"the part {ascii(entry['name'])[:100]} of the checkpoint cannot be built",
+            saw=f"{type(error).__name__}: {ascii(str(error))[:300]}",
+            do=manifest.DO,
+        ) from error
+
+
+def _methods_named(entry: Any) -> Iterator[str]:
     """Yield the ids of a part's method and of the methods inside its settings."""
-    if isinstance(value, dict):
-        if isinstance(value.get("method"), str):
-            yield value["method"]
-        for inner in value.values():
-            yield from _methods_named(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _methods_named(inner)
+    if isinstance(entry, dict) and "settings" in entry and (is_method(entry) or "sites" in entry):
+        yield entry["method"]
+        entry = entry["settings"]
+    for inner in entry.values() if isinstance(entry, dict) else entry if isinstance(entry, list) else ():
+        yield from _methods_named(inner)
 
 
 def _check_base(model: nn.Module, saved: dict[str, Any]) -> list[str]:
@@ -246,151 +246,87 @@ def _check_base(model: nn.Module, saved: dict[str, Any]) -> list[str]:
     return [ascii(d)[1:-1] for d in found]
 
 
-@contextmanager
-def _verified(path: Path, content: dict[str, Any], expected: str | None) -> Iterator[Any]:
-    """Open the tensors file the manifest names, after checking its name, size and digest."""
-    name, digest = content["tensors"], content["digest"]
-    if not PATTERN.fullmatch(name):
-        raise damaged(f"the tensors file has the name {ascii(name)[:200]}")
-    file = path / name
-    manifest.check_regular(file, path)
-    with open(file, "rb") as stream:
-        actual = hashlib.file_digest(stream, "sha256").hexdigest()
-    if actual != digest or f"adapter-{actual}.safetensors" != name:
-        raise damaged(f"{name[:24]}… does not have the digest the manifest names")
-    if expected is not None and actual != expected:
-        raise CheckpointError(
-            "these are not the tensors you expected",
-            saw=f"digest {actual}",
-            do=f"you expected {ascii(expected)[:80]}; get the checkpoint from its author",
-        )
-    try:
-        with safe_open(file, framework="pt") as opened:
-            yield opened
-    except SafetensorError as error:
-        raise damaged(f"{name[:24]}…: {error}") from error
+class _Source:
+    """One part of a checkpoint, on its way from the file onto a model."""
 
+    def __init__(
+        self,
+        state: State,
+        file: Any,
+        part: Part,
+        sites: tuple[Site, ...],
+        entry: dict[str, Any],
+        keys: Mapping[str, str],
+    ) -> None:
+        self.state, self.file, self.part, self.sites, self.entry = state, file, part, sites, entry
+        self.calibration = {k.removeprefix(CALIBRATION): v for k, v in keys.items() if k.startswith(CALIBRATION)}
+        self.keys = {k: v for k, v in keys.items() if not k.startswith(CALIBRATION)}
+        self.values: dict[str, Tensor] = {}
 
-def _by_part(file: Any, count: int) -> list[dict[str, str]]:
-    """Return {local name: key in the file} for each part."""
-    found: list[dict[str, str]] = [{} for _ in range(count)]
-    for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-        number, _, local = key.partition("/")
-        if not number.isdigit() or int(number) >= count or not local:
-            raise damaged(f"the tensor {ascii(key)[:200]} belongs to no part")
-        found[int(number)][local] = key
-    return found
+    def check(self) -> None:
+        """Build the part on meta and compare it with the file's header; only then read its values."""
+        name, method = self.part.name, self.part.method
+        if sorted(self.calibration) != sorted(self.entry["calibration"]):
+            raise damaged("the calibration tensors are not those the manifest lists")
+        with _from_file(self.entry):
+            trial = self._build(tensorfile.headers(self.file, self.calibration), meta=True)
+            wanted = registry.call("state_dict", method, adapter=trial)
+            self._check_room(trial, wanted)
+            migrated = self._migrated()
+        if migrated is None:
+            tensorfile.compare(name, wanted, tensorfile.headers(self.file, self.keys))
+            migrated = tensorfile.read(self.file, self.keys)
+        else:
+            tensorfile.compare(name, wanted, migrated)
+        tensorfile.check_finite(name, migrated, wanted)
+        self.values = migrated
 
+    def placed(self, name: str, number: int) -> Placed:
+        """Return the part with the values from the file, ready to be put on the model."""
+        calibration = tensorfile.read(self.file, self.calibration)
+        tensorfile.check_finite(self.part.name, calibration, calibration)
+        adapter = self._build(calibration, meta=False)
+        _fill(self.part, adapter, self.values)
+        return Placed(number, name, self.part.name, self.part.method, adapter)
 
-def _migrated(file: Any, part: Part, entry: dict[str, Any], keys: Mapping[str, str]) -> dict[str, Tensor] | None:
-    """Return an older part's tensors translated by its method, or None if none is needed."""
-    if entry["method_version"] == part.method.version:
-        return None
-    if entry["method_version"] > part.method.version or not registry.implements(part.method, "migrate"):
-        raise CheckpointError(
-            f"this version of {part.method.id!r} cannot read the checkpoint",
-            saw=f"saved by version {entry['method_version']}, installed is {part.method.version}",
-            do=f"install {ascii(entry['distribution'])} {ascii(entry['version'])}",
-        )
-    state = {local: file.get_tensor(key) for local, key in keys.items()}
-    return dict(registry.call("migrate", part.method, state=state, from_version=entry["method_version"]))
+    def _build(self, calibration: Mapping[str, Tensor], *, meta: bool) -> Adapter:
+        return build_adapter(
+            self.state.model, self.part.method, self.sites, seed=self.entry["seed"], meta=meta,
+            data=copy.deepcopy(self.entry["data"]), calibration=calibration, find=self.state.adapter_of,
+        )  # fmt: skip
 
-
-def _build(
-    state: State,
-    name: str,
-    resolved: Sequence[tuple[Part, tuple[Site, ...]]],
-    content: dict[str, Any],
-    stored: Sequence[Mapping[str, str]],
-    migrated: list[dict[str, Tensor] | None],
-    file: Any,
-) -> list[Placed]:
-    """Build on meta, compare with the header, then build for real; fill `migrated` with the values."""
-    built = []
-    for number, (part, sites) in enumerate(resolved):
-        entry = content["parts"][number]
-        keys, calibration = _split(stored[number], entry["calibration"])
-        blank = {k: torch.empty(file.get_slice(key).get_shape(), device="meta") for k, key in calibration.items()}
-        options: dict[str, Any] = {"seed": content["seed"] + number, "data": entry["data"], "find": state.adapter_of}
-        trial = build_adapter(state.model, part.method, sites, meta=True, calibration=blank, **options)
-        older = migrated[number]
-        header = _header(file, keys) if older is None else {k: (list(t.shape), t.dtype) for k, t in older.items()}
-        compare(part, registry.call("state_dict", part.method, adapter=trial), header)
-        values = {k: file.get_tensor(key) for k, key in keys.items()} if older is None else older
-        _check_finite(part, values)
-        real = {k: file.get_tensor(key) for k, key in calibration.items()}
-        adapter = build_adapter(state.model, part.method, sites, calibration=real, **options)
-        migrated[number] = values
-        built.append(Placed(state.next_id + number, name, part.name, part.method, adapter))
-    return built
-
-
-def _split(keys: Mapping[str, str], names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-    calibration = {k.removeprefix(manifest_calibration): v for k, v in keys.items()
-                   if k.startswith(manifest_calibration)}  # fmt: skip
-    if sorted(calibration) != sorted(names):
-        raise damaged("the calibration tensors are not those the manifest lists")
-    return {k: v for k, v in keys.items() if not k.startswith(manifest_calibration)}, calibration
-
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-          "BOOL": torch.bool}  # fmt: skip
-
-
-def _header(file: Any, keys: Mapping[str, str]) -> dict[str, tuple[list[int], torch.dtype | None]]:
-    found = {}
-    for local, key in keys.items():
-        piece = file.get_slice(key)
-        found[local] = (list(piece.get_shape()), DTYPES.get(piece.get_dtype()))
-    return found
-
-
-def compare(
-    part: Part, wanted: Mapping[str, Tensor], found: Mapping[str, tuple[list[int], torch.dtype | None]]
-) -> None:
-    """Raise unless `found` holds exactly the wanted names, shapes and kinds of dtype."""
-    for problem, names in (("lacks", wanted.keys() - found.keys()), ("has unknown", found.keys() - wanted.keys())):
-        if names:
-            first = sorted(names)[0]
+    def _migrated(self) -> dict[str, Tensor] | None:
+        """Return an older part's tensors translated by its method, or None if none is needed."""
+        method, entry = self.part.method, self.entry
+        if entry["method_version"] == method.version:
+            return None
+        if not 0 < entry["method_version"] < method.version or not registry.implements(method, "migrate"):
             raise CheckpointError(
-                f"the checkpoint {problem} tensors of {ascii(part.name)[:100]}",
-                saw=f"{ascii(first)[:200]} and {len(names) - 1} more",
-                do="load a checkpoint of exactly this method and base",
+                f"this version of {method.id!r} cannot read the checkpoint",
+                saw=f"saved by version {entry['method_version']}, installed is {method.version}",
+                do=f"install {ascii(entry['distribution'])[:100]} {ascii(entry['version'])[:50]}",
             )
-    for key, tensor in wanted.items():
-        shape, dtype = found[key]
-        if list(tensor.shape) != shape:
-            raise CheckpointError(
-                "a tensor of the checkpoint has the wrong shape",
-                saw=f"{ascii(key)[:200]}: {shape} in the file, {list(tensor.shape)} here",
-                do="load it onto the base and with the settings it was trained with",
-            )
-        if dtype is None or dtype.is_floating_point != tensor.dtype.is_floating_point:
-            raise CheckpointError(
-                "a tensor of the checkpoint has the wrong dtype",
-                saw=f"{ascii(key)[:200]}: {dtype} in the file, {tensor.dtype} here",
-                do=manifest.DO,
-            )
+        state = tensorfile.read(self.file, self.keys)
+        return dict(registry.call("migrate", method, state=state, from_version=entry["method_version"]))
+
+    def _check_room(self, trial: Adapter, saved: Mapping[str, Tensor]) -> None:
+        """Refuse settings that ask for far more memory than the file holds tensors for."""
+        held = sum(t.numel() for _, m in trial.modules() for t in [*m.parameters(), *m.buffers()])
+        beside = held - sum(t.numel() for t in saved.values())
+        if beside > max(LEAST_ROOM, trial.base_size):
+            raise damaged(f"the settings ask for {beside:,} numbers that are not in the file")
 
 
-def _check_finite(part: Part, values: Mapping[str, Tensor]) -> None:
-    for key, tensor in values.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise CheckpointError(
-                "a tensor of the checkpoint has values that are not finite",
-                saw=f"{ascii(key)[:200]} of {ascii(part.name)[:100]}",
-                do="the training that made it diverged; train again with a smaller learning rate",
-            )
-
-
-def _fill(placed: Placed, values: Mapping[str, Tensor] | None) -> None:
+def _fill(part: Part, adapter: Adapter, values: Mapping[str, Tensor]) -> None:
     """Copy the file's values into the adapter's tensors."""
-    own = registry.call("state_dict", placed.method, adapter=placed.adapter)
+    own = registry.call("state_dict", part.method, adapter=adapter)
+    places = {t.data_ptr() for _, m in adapter.modules() for t in [*m.parameters(), *m.buffers()]}
     with torch.no_grad():
-        for key, tensor in (values or {}).items():
+        for key, tensor in values.items():
+            if own[key].data_ptr() not in places:
+                raise RegistryError(
+                    f"the state_dict of {part.method.id!r} gives copies, so nothing can be loaded into it",
+                    saw=f"{key} is none of the adapter's own tensors",
+                    do="return the adapter's parameters and buffers themselves, as adapter.tensors() does",
+                )
             own[key].copy_(tensor)
-
-
-def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
-    return adapter.tensors()

@@ -33,7 +33,9 @@ def combine(
     rule = RULES.get(how)
     if rule is None or not weights:
         raise ConfigError(
-            "this is no way to combine", saw=f"how={how!r}, {len(weights)} adapters", do=f"how in {sorted(RULES)}"
+            "this is no way to combine",
+            saw=f"how={how!r}, {len(weights)} adapters",
+            do=f"how in {sorted(RULES)}",
         )
     sources = {n: state.find(n) for n in weights}
     _check_alike(sources)
@@ -45,7 +47,9 @@ def combine(
 
 
 def _check_alike(sources: Mapping[str, list[Placed]]) -> None:
-    kinds = {n: [(p.method, [s.name for s in p.adapter.sites]) for p in parts] for n, parts in sources.items()}
+    kinds = {
+        n: [(p.method, [s.name for s in p.adapter.sites]) for p in parts] for n, parts in sources.items()
+    }
     first_name, first = next(iter(kinds.items()))
     for other, kind in kinds.items():
         if kind != first:
@@ -74,7 +78,7 @@ def _combined(
     factors = torch.tensor(weights, dtype=torch.float32)
     with torch.no_grad():
         for key, tensor in target.items():
-            if len(sources) == 1 and weights == [1.0] or not tensor.is_floating_point():
+            if (len(sources) == 1 and weights == [1.0]) or not tensor.is_floating_point():
                 tensor.copy_(sources[0][key])
                 continue
             stacked = torch.stack([s[key].float() for s in sources])

@@ -34,19 +34,20 @@ Entry = tuple["Placed", Site, Delta]
 
 def compile_table(state: State, stacks: Sequence[tuple[int, ...]], *, prompts: bool = True) -> Table:
     """Return the programs of `stacks`: one for all rows, or several among which rows choose."""
-    plans = [_StackPlan(state, stack) for stack in stacks]
-    taps = _taps(plans)
+    plans = [StackPlan(state, stack) for stack in stacks]
+    taps = taps_of(plans)
     table = Table(
         programs=[_host_program(state, module, plans, taps.get(id(module), [])) for _, module in state.hosts],
         attention=[_attention_program(state, p.site, plans, prompts) for p in state.attention_ports],
         blocks=[_output_program(state, p.site, plans) for p in state.block_ports],
     )
     table.prepares = tuple(_prepares(state, plans, stacks, prompts))
-    table.scoped = bool(table.prepares or taps or len(plans) > 1 or any(p.wants_call for p in plans))
+    table.reads_call = any(p.wants_call for p in plans)
+    table.scoped = bool(table.prepares or taps or len(plans) > 1 or table.reads_call)
     return table
 
 
-class _StackPlan:
+class StackPlan:
     """The deltas of one stack, by the module they act on, in stack order."""
 
     def __init__(self, state: State, stack: tuple[int, ...]) -> None:
@@ -65,30 +66,30 @@ class _StackPlan:
         return [e for e in self.entries.get(id(module), []) if isinstance(e[1], kind)]
 
 
-def _host_program(state: State, module: nn.Module, plans: Sequence[_StackPlan], taps: list[Any]) -> Any:
+def _host_program(state: State, module: nn.Module, plans: Sequence[StackPlan], taps: list[Any]) -> Any:
     leaf = next((e[1] for p in plans for e in p.at(module, ModuleSite)), None)
     sublayer = next((e[1] for p in plans for e in p.at(module, SublayerSite)), None)
     program: Any = None
     if leaf is not None:
-        leaves = [leaf_program(_members(state, p.at(module, ModuleSite))) for p in plans]
+        leaves = [leaf_program(members_of(state, p.at(module, ModuleSite))) for p in plans]
         program = leaves[0] if len(leaves) == 1 else Routed(leaves, state.slot, leaf)
     elif sublayer is not None:
         program = _output_program(state, sublayer, plans)
     return Tapped(taps, state.slot, program) if taps else program
 
 
-def _output_program(state: State, site: Site, plans: Sequence[_StackPlan]) -> Any:
-    own = isinstance(site, BlockSite) or isinstance(site, SublayerSite) and site.x.module is site.module
+def _output_program(state: State, site: Site, plans: Sequence[StackPlan]) -> Any:
+    own = isinstance(site, BlockSite) or (isinstance(site, SublayerSite) and site.x.module is site.module)
     programs: list[OnOutput | None] = []
     for plan in plans:
-        members = _members(state, plan.at(site.module, type(site)))
+        members = members_of(state, plan.at(site.module, type(site)))
         programs.append(OnOutput(members, site, state.slot, own_input=own) if members else None)
     if len(programs) == 1 or not any(programs):
         return programs[0]
     return RoutedOnOutput(programs, state.slot, site, own_input=own)
 
 
-def _members(state: State, entries: Sequence[Entry]) -> list[Member]:
+def members_of(state: State, entries: Sequence[Entry]) -> list[Member]:
     """Return the members of one module in stack order, each knowing the level below it."""
     members: list[Member] = []
     for i, (placed, site, delta) in enumerate(entries):
@@ -130,7 +131,7 @@ def check_weight_form(delta: Delta, site: Site, placed: Placed, below: Sequence[
 
 
 def _attention_program(
-    state: State, site: AttentionSite, plans: Sequence[_StackPlan], prompts: bool
+    state: State, site: AttentionSite, plans: Sequence[StackPlan], prompts: bool
 ) -> Columns | RoutedColumns | None:
     programs: list[Columns | None] = []
     for number, plan in enumerate(plans):
@@ -147,7 +148,7 @@ def _attention_program(
     return RoutedColumns(programs, state.slot, site)
 
 
-def _taps(plans: Sequence[_StackPlan]) -> dict[int, list[tuple[str, int, str]]]:
+def taps_of(plans: Sequence[StackPlan]) -> dict[int, list[tuple[str, int, str]]]:
     """Return what each module must keep for a sublayer's or attention's deltas: (key, position, name)."""
     taps: dict[int, dict[str, tuple[str, int, str]]] = {}
 
@@ -169,7 +170,7 @@ def _taps(plans: Sequence[_StackPlan]) -> dict[int, list[tuple[str, int, str]]]:
 
 
 def _prepares(
-    state: State, plans: Sequence[_StackPlan], stacks: Sequence[tuple[int, ...]], prompts: bool
+    state: State, plans: Sequence[StackPlan], stacks: Sequence[tuple[int, ...]], prompts: bool
 ) -> list[tuple[int, Callable[[Call], Any]]]:
     found: dict[int, Callable[[Call], Any]] = {}
     for plan in plans:

@@ -9,7 +9,7 @@ import copy
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ class Slot(threading.local):
     def __init__(self) -> None:
         self.call: Call | None = None
         self.taps: dict[str, Tensor] = {}
+        self.rows: Tensor | None = None
         self.stores: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
@@ -61,6 +62,7 @@ class Call:
         self.batch: int | None = None
         self.recording: dict[str, tuple[Tensor, Tensor]] | None = None
         self.model: Any = None
+        self._past: int | None = None
         self._args: tuple[Any, ...] = ()
         self._kwargs: dict[str, Any] = {}
         self._indices: dict[Any, Tensor] = {}
@@ -69,7 +71,13 @@ class Call:
         """Return this choice of adapters bound to one call of `model`."""
         call = Call(self.table, self.slot, rows=self.rows, tasks=self.tasks)
         call.model, call._args, call._kwargs = model, args, kwargs
-        call.batch = call._batch_size() if self.rows is not None else None
+        call.batch = None if self.rows is None and self.tasks is None else call._batch_size()
+        if call.tasks is not None and call.batch is not None:
+            call.tasks = call.tasks.repeat_interleave(
+                self._repeats(len(call.tasks), call.batch, "the task ids")
+            )
+        if self.table.reads_call:
+            call._past = call.past_length  # now: the cache grows layer by layer while the call runs
         return call
 
     def with_prepared(self, prepared: dict[int, Mapping[str, Tensor]]) -> Call:
@@ -101,11 +109,38 @@ class Call:
         mask = self.argument("attention_mask")
         return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
+    def task_ids(self, known: int) -> tuple[Tensor, Tensor]:
+        """Return the distinct tasks of this batch, and which of them each row has; raise if none were given."""
+        if self.tasks is None or self.tasks.min() < 0 or self.tasks.max() >= known:
+            raise RoutingError(
+                "the adapter needs to know each row's task",
+                saw=f"tasks={None if self.tasks is None else self.tasks.tolist()}; it knows 0 to {known - 1}",
+                do="call the model inside inlay.route(model, name, tasks=[...])",
+            )
+        distinct, which = self.tasks.unique(return_inverse=True)
+        return distinct, which
+
     @property
     def past_length(self) -> int:
         """How many tokens the cache held before this call: 0 for a first chunk, more in decoding."""
+        if self._past is not None:
+            return self._past
         cache = self.argument("past_key_values")
         return 0 if cache is None else int(cache.get_seq_length())
+
+    def real(self, length: int, *, decoder: bool = False) -> Tensor | None:
+        """Return which of this chunk's `length` tokens are real (B, length), or None if nothing says.
+
+        `generate` gives static caches a mask (B, 1, T, S): there a real token is one that sees itself.
+        """
+        mask = self.argument("decoder_attention_mask" if decoder else "attention_mask")
+        mask = next(iter(mask.values())) if isinstance(mask, dict) else mask
+        if not isinstance(mask, Tensor):
+            return None
+        if mask.dim() == 4:
+            mask = mask[:, 0].diagonal(self.past_length, -2, -1)
+            return mask if mask.dtype == torch.bool else mask >= 0
+        return mask[:, -length:].bool()
 
     @property
     def store(self) -> dict[Any, Any]:
@@ -120,15 +155,20 @@ class Call:
     def expanded_rows(self, size: int, name: str) -> tuple[int, ...]:
         """Return the stack of each of `size` rows; beams repeat the rows of the route k times."""
         assert self.rows is not None
-        repeat, rest = divmod(size, len(self.rows))
+        repeat = self._repeats(len(self.rows), size, name)
+        return tuple(row for row in self.rows for _ in range(repeat))
+
+    def _repeats(self, given: int, size: int, name: str) -> int:
+        """Return how often each given row stands in a batch of `size` (beams), or raise."""
+        repeat, rest = divmod(size, given)
         if rest or repeat == 0 or (self.batch is not None and size != self.batch):
             raise RoutingError(
                 f"{name} cannot be routed per sample",
-                saw=f"its input has leading size {size}, the route names {len(self.rows)} rows"
+                saw=f"its input has leading size {size}, the route names {given} rows"
                 + (f" and the batch has {self.batch}" if self.batch is not None else ""),
                 do="route one name for the whole batch, or choose targets that see (batch, …) tensors",
             )
-        return tuple(row for row in self.rows for _ in range(repeat))
+        return repeat
 
     def index(self, rows: Sequence[int], device: torch.device) -> Tensor:
         """Return row numbers as a tensor, made once per call and device."""
@@ -151,7 +191,7 @@ class At:
 
     __slots__ = ("level", "placed", "prepare", "site", "slot")
 
-    def __init__(self, site: Site, slot: Slot, placed: Placed, level: Level | None) -> None:
+    def __init__(self, site: Site, slot: Slot, placed: Placed | Inside, level: Level | None) -> None:
         self.site, self.slot, self.placed, self.level = site, slot, placed, level
 
     @property
@@ -162,6 +202,43 @@ class At:
     def call(self) -> Call | None:
         """The call under way, or None if a part of the model is called by itself."""
         return self.slot.call
+
+    @property
+    def rows(self) -> Tensor | None:
+        """The numbers of the batch's rows this delta sees now, or None for all of them."""
+        return self.slot.rows
+
+    def own(self, per_row: Tensor) -> Tensor:
+        """Return the entries of a tensor (B, …) that belong to the rows this delta sees now."""
+        return per_row if self.slot.rows is None else per_row.index_select(0, self.slot.rows)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The 2-D mask of real tokens (rows, T) of the rows this delta sees, if the caller gave one."""
+        mask = None if self.slot.call is None else self.slot.call.mask
+        return None if mask is None else self.own(mask)
+
+    def real(self, x: Tensor) -> Tensor | None:
+        """Return which tokens of x (rows, T, d) are real (rows, T), or None if the caller did not say.
+
+        Knows the encoder's tokens from the decoder's, and a decode step's from those in the cache.
+        """
+        if self.slot.call is None:
+            return None
+        mask = self.slot.call.real(x.shape[1], decoder=self.site.side == "decoder")
+        return mask if mask is None or mask.shape[0] == 1 else self.own(mask)
+
+    @property
+    def store(self) -> dict[Any, Any]:
+        """What this part keeps at this site during one generation; empty at its start."""
+        call = self.slot.call
+        return {} if call is None else call.store.setdefault((self.placed.id, self.site.name), {})
+
+    @property
+    def tasks(self) -> Tensor | None:
+        """The task ids (rows,) given to `route`, of the rows this delta sees."""
+        tasks = None if self.slot.call is None else self.slot.call.tasks
+        return None if tasks is None else self.own(tasks)
 
     @property
     def weight(self) -> Tensor:
@@ -177,7 +254,7 @@ class At:
     @property
     def x(self) -> Tensor:
         """What the sublayer or attention module reads (B, T, d)."""
-        return self.slot.taps[f"{self.site.name}/x"]
+        return self.own(self.slot.taps[f"{self.site.name}/x"])
 
     @property
     def residual(self) -> Tensor:
@@ -192,10 +269,45 @@ class At:
     @property
     def prepared(self) -> Mapping[str, Tensor]:
         """What the method's `prepare` hook computed for this call."""
-        call = self.slot.call
-        if call is not None and self.placed.id in call.prepared:
-            return call.prepared[self.placed.id]
-        return self.placed.prepare(call)
+        return self.placed.prepared(self.slot.call)
+
+    def part(self, name: str) -> At:
+        """Return this place and moment as the method inside that is called `name` sees them."""
+        return At(self.site, self.slot, Inside(self.placed, name), self.level)
+
+
+class Inside:
+    """A method inside another one at work on a model: what its deltas see in the place of a `Placed`."""
+
+    def __init__(self, outer: Placed | Inside, name: str) -> None:
+        self.outer, self.name = outer, name
+
+    @property
+    def id(self) -> Any:
+        return (self.outer.id, self.name)
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.outer.adapter.children[self.name]
+
+    def prepared(self, call: Call | None) -> Mapping[str, Tensor]:
+        return Under(self.name, self.outer.prepared(call))
+
+
+class Under(Mapping[str, Tensor]):
+    """The entries of a mapping under "<name>/", without that prefix."""
+
+    def __init__(self, name: str, entries: Mapping[str, Tensor]) -> None:
+        self.prefix, self.entries = f"{name}/", entries
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.entries[self.prefix + key]
+
+    def __iter__(self) -> Iterator[str]:
+        return (k.removeprefix(self.prefix) for k in self.entries if k.startswith(self.prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 class Bound:

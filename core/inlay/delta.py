@@ -5,9 +5,9 @@ Symbols: x what the site reads, y what it gave so far, W (out, in) and b (out,) 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,17 @@ from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from inlay.context import At
+
+
+class Ref:
+    """A module used but not owned: not registered, not saved twice. `ref.module` is the module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
 
 Fold = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
@@ -33,6 +44,15 @@ class Delta(nn.Module):
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return (weight, bias) with this delta folded in: pure, (out, in), float32 or wider."""
         raise NotImplementedError
+
+    def reached(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters its value depends on: its own, and those of shared parts it refers to."""
+        yield from self.parameters()
+        for module in self.modules():
+            for value in vars(module).values():
+                for held in value if isinstance(value, (list, tuple)) else (value,):
+                    if isinstance(held, Ref):
+                        yield from held.module.parameters()
 
     @property
     def folds(self) -> bool:
@@ -177,7 +197,7 @@ class Change:
             change = dense(self.weight, weight)
             weight = change if self.replaces else weight + change
         if self.bias is not None:
-            base = torch.zeros_like(weight[:, 0]) if bias is None else bias
+            base = weight.new_zeros(weight.shape[0]) if bias is None else bias
             change = dense(self.bias, base)
             bias = change if self.replaces or bias is None else bias + change
         return weight, bias

@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Iterable
 
 
+MAX_WORD = 200  # comparing words takes time quadratic in their length
+
+
 class InlayError(Exception):
     """Base of all errors inlay raises. Carries the three beats as attributes."""
 
@@ -61,10 +64,18 @@ def _rebuild(kind: type[InlayError], what: str, saw: str, do: str) -> InlayError
     return kind(what, saw=saw, do=do)
 
 
-def near(word: str, known: Iterable[str], count: int = 3) -> str:
+def shown(value: object, most: int = MAX_WORD) -> str:
+    """Return `repr(value)`, cut; or its type where it has none (integers of thousands of digits)."""
+    try:
+        return repr(value)[:most]
+    except Exception:
+        return f"a {type(value).__name__} that cannot be written out"
+
+
+def near(word: object, known: Iterable[str], count: int = 3) -> str:
     """Return "did you mean …?" for the nearest of `known`, or the first few of them."""
     words = sorted(set(known))
-    matches = difflib.get_close_matches(word, words, n=count, cutoff=0.5)
+    matches = difflib.get_close_matches(shown(word).strip("'"), words, n=count, cutoff=0.5)
     if matches:
         return "did you mean " + " or ".join(repr(m) for m in matches) + "?"
     listed = ", ".join(repr(w) for w in words[:12]) + (", …" if len(words) > 12 else "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -80,7 +80,17 @@ def host_class(base: type[nn.Module], scope: bool = False) -> type[nn.Module]:
     }  # fmt: skip
     if scope:
         namespace["forward"] = _same_signature(Scope.forward, base)
+    if issubclass(base, nn.Sequential | nn.ModuleList):
+        namespace |= {"__iter__": _iter_without_deltas, "__len__": _len_without_deltas}
     return type(base)(base.__name__, bases, namespace)
+
+
+def _iter_without_deltas(self: nn.Module) -> Iterator[nn.Module]:
+    return iter([module for name, module in self._modules.items() if name != CHILD])  # type: ignore[misc]
+
+
+def _len_without_deltas(self: nn.Module) -> int:
+    return len(self._modules) - (CHILD in self._modules)
 
 
 def _same_signature(function: Any, base: type[nn.Module]) -> Any:
@@ -100,10 +110,6 @@ def _is_scope(kind: type) -> bool:
 
 
 def _rebuild(base: type[nn.Module], scope: bool) -> nn.Module:
-    if hasattr(base, "config_class") or "config" in getattr(base, "__annotations__", {}):
-        from inlay.attention import register
-
-        register()
     kind = host_class(base, scope)
     return kind.__new__(kind)
 
@@ -117,9 +123,11 @@ def check_can_host(module: nn.Module, name: str) -> None:
             saw=f"{name or type(module).__name__}.forward is {foreign!r:.120}",
             do="remove that patch first (del module.forward), or choose other targets",
         )
-    if CHILD in module._modules or hasattr(module, CHILD) and not isinstance(module, Host):
+    if not isinstance(getattr(module, CHILD, None), Deltas | None):
         raise AttachError(
-            f"a module already has an attribute {CHILD!r}", saw=name, do="rename it; inlay keeps its deltas there"
+            f"a module already has an attribute {CHILD!r}",
+            saw=name,
+            do="rename it; inlay keeps its deltas there",
         )
     if hasattr(module, "base_layer") and "peft" in type(module).__module__:
         raise AttachError(

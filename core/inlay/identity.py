@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,31 +24,33 @@ def identity(model: nn.Module) -> dict[str, Any]:
     Tensors that an adapter replaces (trained heads) are left out of the weights' sample: freshly
     initialised, they differ in every process.
     """
-    tensors = {k: t for k, t in base_state_dict(model).items() if isinstance(t, torch.Tensor)}
-    replaced = _replaced(state_of(model))
-    return {
-        "architecture": type(model).__name__,
-        "config": _digest(json.dumps(_config(model), sort_keys=True, default=str).encode()),
-        "shapes": _digest(json.dumps({k: list(t.shape) for k, t in tensors.items()}, sort_keys=True).encode()),
-        "weights": _sample({k: t for k, t in tensors.items() if k not in replaced}),
-        "left_out": sorted(replaced & tensors.keys()),
-    }
+    left_out = sorted(_replaced(state_of(model)))
+    return {**_facts(model, left_out), "left_out": left_out}
 
 
 def differences(saved: dict[str, Any], model: nn.Module) -> list[str]:
     """Return in words how `model` differs from the base an adapter was saved for."""
-    tensors = {k: t for k, t in base_state_dict(model).items() if isinstance(t, torch.Tensor)}
-    found = []
-    now = identity(model)
-    for key in ("architecture", "config", "shapes"):
-        if saved.get(key) != now[key]:
-            found.append(f"{key}: {saved.get(key)} then, {now[key]} now")
-    left_out = set(saved.get("left_out", ())) | _replaced(state_of(model))
-    weights = _sample({k: t for k, t in tensors.items() if k not in left_out})
-    if set(saved.get("left_out", ())) == left_out and None not in (saved.get("weights"), weights):
-        if saved["weights"] != weights:
-            found.append("weights: other values than the base it was trained on")
+    now = _facts(model, saved.get("left_out", ()))
+    found = [
+        f"{key}: {saved.get(key)} then, {now[key]} now"
+        for key in ("architecture", "config", "shapes")
+        if saved.get(key) != now[key]
+    ]
+    if None not in (saved.get("weights"), now["weights"]) and saved["weights"] != now["weights"]:
+        found.append("weights: other values than the base it was trained on")
     return found
+
+
+def _facts(model: nn.Module, left_out: Iterable[str]) -> dict[str, Any]:
+    tensors = {k: t for k, t in base_state_dict(model).items() if isinstance(t, torch.Tensor)}
+    shapes = {k: list(t.shape) for k, t in tensors.items()}
+    omitted = set(left_out)
+    return {
+        "architecture": type(model).__name__,
+        "config": _digest(json.dumps(_config(model), sort_keys=True, default=str).encode()),
+        "shapes": _digest(json.dumps(shapes, sort_keys=True).encode()),
+        "weights": _sample({k: t for k, t in tensors.items() if k not in omitted}),
+    }
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

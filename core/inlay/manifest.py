@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from inlay.errors import CheckpointError
+from inlay.errors import CheckpointError, shown
 
 FILE = "inlay.json"
 FORMAT = 1
 MAX_BYTES = 16 << 20
 MAX_PARTS, MAX_SITES, MAX_DEPTH, MAX_STRING, MAX_ITEMS = 64, 20_000, 16, 4096, 100_000
 DO = "get the checkpoint again from whoever saved it"
+MAX_METHODS, MAX_INT = 64, 2**63
 SHAPE = {
-    "format": int, "parts": list, "base": dict, "tensors": str, "digest": str, "seed": int, "versions": dict,
+    "format": int, "parts": list, "base": dict, "tensors": str, "digest": str, "versions": dict,
 }  # fmt: skip
 PART = {
-    "name": str, "method": str, "distribution": str, "version": str, "method_version": int,
+    "name": str, "method": str, "distribution": str, "version": str, "method_version": int, "seed": int,
     "settings": dict, "sites": list, "data": dict, "calibration": list,
 }  # fmt: skip
+BASE = {"architecture": str, "config": str, "shapes": str, "weights": (str, NoneType), "left_out": list}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -37,20 +42,58 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise damaged(f"{FILE}: {ascii(str(error))[:200]}") from error
     _bounded(manifest, 0)
-    _check_shape(manifest, SHAPE, FILE)
-    if manifest["format"] != FORMAT:
+    if isinstance(manifest, dict) and manifest.get("format") != FORMAT:
         raise CheckpointError(
             "this checkpoint has a format this version does not read",
-            saw=f"format {manifest['format']}, this inlay reads {FORMAT}",
+            saw=f"format {ascii(shown(manifest.get('format')))}, this inlay reads {FORMAT}",
             do="upgrade inlay",
         )
+    _check_content(manifest)
+    if manifest["digest"] != digest_of(manifest):
+        raise damaged(f"{FILE} does not have the digest it names")
+    return manifest  # type: ignore[no-any-return]
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """Return `content` as JSON gives it back, with its digest, after the checks that reading makes."""
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(content, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            "the adapter's settings or data cannot be written as JSON",
+            saw=f"{type(error).__name__}: {error}",
+            do="keep numbers, texts, lists and dicts of them in adapter.data",
+        ) from error
+    plain["digest"] = digest_of(plain)
+    _bounded(plain, 0)
+    _check_content(plain)
+    return plain
+
+
+def digest_of(content: dict[str, Any]) -> str:
+    """Return the digest of a manifest, its own digest left out, whatever its layout."""
+    rest = {key: value for key, value in content.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _check_content(manifest: Any) -> None:
+    """Raise unless a manifest holds what it should, of the right types and within bounds."""
+    _check_shape(manifest, SHAPE, FILE)
+    _check_shape(manifest["base"], BASE, "the base")
+    _check_texts(manifest["base"]["left_out"], "tensors left out", MAX_ITEMS)
     if not 0 < len(manifest["parts"]) <= MAX_PARTS:
         raise damaged(f"{len(manifest['parts'])} parts, 1 to {MAX_PARTS} are read")
     for part in manifest["parts"]:
         _check_shape(part, PART, "a part")
-        if not 0 < len(part["sites"]) <= MAX_SITES or not all(isinstance(s, str) for s in part["sites"]):
-            raise damaged(f"{len(part['sites'])} sites in a part")
-    return manifest  # type: ignore[no-any-return]
+        _check_texts(part["sites"], "sites", MAX_SITES)
+        _check_texts(part["calibration"], "calibration tensors", MAX_SITES)
+        if not part["sites"]:
+            raise damaged("a part without sites")
+
+
+def _check_texts(values: list[Any], what: str, most: int) -> None:
+    if len(values) > most or not all(isinstance(v, str) for v in values) or len({*values}) < len(values):
+        raise damaged(f"{len(values):,} {what}: at most {most:,} different names are read")
 
 
 def check_regular(path: Path, folder: Path) -> None:
@@ -58,7 +101,9 @@ def check_regular(path: Path, folder: Path) -> None:
     if path.parent != folder or path.name in ("", ".", "..") or "\\" in path.name or "/" in path.name:
         raise damaged(f"a file name leads out of the folder: {ascii(path.name)[:200]}")
     if not folder.is_dir():
-        raise CheckpointError("there is no such checkpoint folder", saw=ascii(str(folder)), do="check the path")
+        raise CheckpointError(
+            "there is no such checkpoint folder", saw=ascii(str(folder)), do="check the path"
+        )
     if path.is_symlink() or not path.is_file():
         raise CheckpointError(
             "a file of the checkpoint is missing or not a regular file",
@@ -97,6 +142,8 @@ def _bounded(value: Any, depth: int) -> None:
         raise damaged(f"values nested deeper than {MAX_DEPTH}")
     if isinstance(value, str) and len(value) > MAX_STRING:
         raise damaged(f"a string of {len(value):,} characters")
+    if isinstance(value, int) and abs(value) >= MAX_INT:
+        raise damaged("an integer of more than 63 bits")
     if isinstance(value, (dict, list)):
         if len(value) > MAX_ITEMS:
             raise damaged(f"a list of {len(value):,} items")
@@ -104,10 +151,10 @@ def _bounded(value: Any, depth: int) -> None:
             _bounded(item, depth + 1)
 
 
-def _check_shape(value: Any, shape: dict[str, type], what: str) -> None:
+def _check_shape(value: Any, shape: Mapping[str, Any], what: str) -> None:
     if not isinstance(value, dict) or value.keys() != shape.keys():
         got = sorted(value)[:12] if isinstance(value, dict) else type(value).__name__
         raise damaged(f"{what} does not have the keys {sorted(shape)} but {ascii(got)[:300]}")
     for key, kind in shape.items():
         if not isinstance(value[key], kind) or isinstance(value[key], bool):
-            raise damaged(f"{what}: {key} is a {type(value[key]).__name__}, not a {kind.__name__}")
+            raise damaged(f"{what}: {key} is a {type(value[key]).__name__}, not a {getattr(kind, '__name__', 'str')}")

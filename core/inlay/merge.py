@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.attach import refused_while_merged, remove
-from inlay.compile import Entry, _members
+from inlay.compile import Entry, members_of
 from inlay.delta import Fold
 from inlay.errors import CannotMerge, MergedError, StateError
 from inlay.masks import apply as apply_masks
@@ -99,7 +99,9 @@ def unmerge(model: nn.Module) -> None:
     """Restore every merged weight to the very bits it had; the adapters act again."""
     state = need_state(model)
     if not state.merged_tensors:
-        raise StateError("nothing is merged", saw="no kept weights", do="merge with undo=True to be able to undo")
+        raise StateError(
+            "nothing is merged", saw="no kept weights", do="merge with undo=True to be able to undo"
+        )
     _put_back(state.merged_tensors)
     state.merged_tensors = []
     for placed in state.placed.values():
@@ -205,8 +207,10 @@ def _measured(
     deltas = [d for _, _, d in here]
     modes = [d.training for d in deltas]
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(PROBES, site.in_features, generator=generator).to(base[0].device, site.reference.dtype)
-    members = _members(state, here)
+    probe = torch.randn(PROBES, site.in_features, generator=generator).to(
+        base[0].device, site.reference.dtype
+    )
+    members = members_of(state, here)
     for member in members:
         member.part = None
     for delta in deltas:
@@ -226,7 +230,11 @@ def _linear(x: Tensor, tensors: tuple[Tensor, Tensor | None]) -> Tensor:
 
 
 def _check_result(
-    site: ModuleSite, here: Sequence[Entry], folded: tuple[Tensor, Tensor | None], error: float | None, most: float
+    site: ModuleSite,
+    here: Sequence[Entry],
+    folded: tuple[Tensor, Tensor | None],
+    error: float | None,
+    most: float,
 ) -> None:
     names = ", ".join(dict.fromkeys(p.path for p, _, _ in here))
     if not all(bool(t.isfinite().all()) for t in folded if t is not None):
@@ -258,7 +266,9 @@ def check_can_write(state: State, site: ModuleSite) -> None:
         reason = _shared_with(state, site, weight)
     if reason:
         raise CannotMerge(
-            "the weight cannot be written", saw=f"{site.name}: {reason}", do="merge other parts, or keep it attached"
+            "the weight cannot be written",
+            saw=f"{site.name}: {reason}",
+            do="merge other parts, or keep it attached",
         )
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from inlay.delta import Fold
-from inlay.errors import CannotMerge, ConfigError, near
+from inlay.errors import CannotMerge, ConfigError, RegistryError, near, shown
 from inlay.hookspecs import hookimpl
 from inlay.settings import check_setting, plain, setting
 
@@ -40,8 +40,9 @@ class Method:
     """Base of all methods. Subclasses are frozen dataclasses; their fields are hyperparameters.
 
     Class attributes describe the algorithm: `id` (its name in files), `paper` (arXiv id),
-    `accepts` (site kinds), `default_targets`, `lr` (a rate at which it learns in about a hundred
-    AdamW steps), `weight_decay`, `starts_as_identity`, `prepares` (has a `prepare`
+    `accepts` (site kinds), `default_targets` (each must match), `optional_targets` (more defaults,
+    taken where the model has them and the method suits them), `lr` (a rate at which it learns in
+    about a hundred AdamW steps), `weight_decay`, `starts_as_identity`, `prepares` (has a `prepare`
     hook), `reads_call` (its deltas look at `at.call`: mask, tasks, cache).
     """
 
@@ -50,6 +51,7 @@ class Method:
     paper: ClassVar[str] = ""
     accepts: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
     default_targets: ClassVar[tuple[str, ...]] = ("query", "value")
+    optional_targets: ClassVar[tuple[str, ...]] = ()
     lr: ClassVar[float] = 1e-3
     weight_decay: ClassVar[float | None] = None
     starts_as_identity: ClassVar[bool] = True
@@ -64,7 +66,7 @@ class Method:
         for name in kwargs.keys() - names:
             raise ConfigError(
                 f"{cls.__name__} has no setting {name!r}",
-                saw=f"{name}={kwargs[name]!r}",
+                saw=f"{name}={shown(kwargs[name])}",
                 do=near(name, names),
             )
         return super().__new__(cls)
@@ -76,11 +78,23 @@ class Method:
 
     def delta(self, site: Site, init: Init) -> Delta:
         """Return the delta of one site, its tensors made with `init`. The one thing to write."""
-        raise NotImplementedError(f"{type(self).__name__} must define delta() or inject()")
+        raise RegistryError(
+            f"the method {self.id!r} does not say what its delta is",
+            saw=f"{type(self).__name__} defines neither delta() nor inject()",
+            do="define delta(self, site, init), returning the delta of one site",
+        )
 
     def parts(self) -> Mapping[str, Method]:
         """Return the methods inside this one, by name (see `inlay.authoring.Composite`)."""
         return {}
+
+    def inside(self) -> dict[str, Method]:
+        """Return `parts()`; the targets and layers of this method hold for those that name none."""
+        given = {n: getattr(self, n) for n in ("targets", "layers") if getattr(self, n) is not None}
+        return {
+            name: dataclasses.replace(part, **{n: v for n, v in given.items() if getattr(part, n) is None})
+            for name, part in self.parts().items()
+        }
 
     def suits(self, site: Site) -> bool:
         """Whether the method can act at a site that a role or pattern matched; others are left out."""

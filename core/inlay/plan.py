@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from inlay.adapter import Adapter
 from inlay.anatomy import Anatomy
-from inlay.errors import AttachError, ConfigError
+from inlay.errors import AttachError, ConfigError, shown
 from inlay.method import Method
 from inlay.registry import registry
 from inlay.sites import Site
@@ -61,6 +61,7 @@ class Plan:
 
 def plan(model: nn.Module, what: Method | Part | Stack | str, *, train: Sequence[str] = ()) -> Plan:
     """Say what `attach` would do, without doing it. Works on the meta device too."""
+    check_module(model, "plan")
     stack = with_trained(Stack.of(what), train)
     resolved = resolve_stack(model, stack)
     base = sum(p.numel() for p in model.parameters())
@@ -73,14 +74,22 @@ def plan(model: nn.Module, what: Method | Part | Stack | str, *, train: Sequence
     return Plan(planned, base, tied_names(model, [s for p in planned for s in p.sites]))
 
 
+def check_module(model: object, verb: str) -> None:
+    """Raise unless `model` is a torch module."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"{verb} needs a torch module", saw=f"a {type(model).__name__}", do="pass the model itself"
+        )
+
+
 def with_trained(stack: Stack, targets: Sequence[str]) -> Stack:
     """Return the stack with a last part that trains the base's own tensors at `targets`."""
     if not targets:
         return stack
     from inlay.authoring.trained import Trained
 
-    if isinstance(targets, str):
-        raise ConfigError("train is a list of targets", saw=repr(targets), do=f'train=("{targets}",)')
+    if not isinstance(targets, (list, tuple)):
+        raise ConfigError("train is a list of targets", saw=shown(targets), do='train=("head",)')
     return stack + Trained(targets=tuple(targets))
 
 
@@ -110,9 +119,7 @@ def build_adapter(
     find: Any = None,
 ) -> Adapter:
     """Return a method's adapter, its deltas made and listed but not yet on the model."""
-    adapter = Adapter(
-        sites, model=model, seed=seed, data=data, calibration=calibration, find=find, meta=meta
-    )
+    adapter = Adapter(sites, model=model, seed=seed, data=data, calibration=calibration, find=find, meta=meta)
     registry.call("inject", method, sites=sites, adapter=adapter)
     if not adapter.placed:
         raise AttachError(
@@ -134,7 +141,12 @@ def build(
     for number, (part, sites) in enumerate(resolved):
         calibration = _calibrate(state.model, part, sites, data)
         adapter = build_adapter(
-            state.model, part.method, sites, seed=seed + number, calibration=calibration, find=state.adapter_of
+            state.model,
+            part.method,
+            sites,
+            seed=seed + number,
+            calibration=calibration,
+            find=state.adapter_of,
         )
         built.append(Placed(state.next_id + number, name, part.name, part.method, adapter))
     return built

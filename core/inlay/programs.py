@@ -26,7 +26,8 @@ class Table:
     """The compiled programs of one choice: `programs[i]` belongs to host i.
 
     `attention[i]` belongs to attention port i and `blocks[i]` to block port i. `prepares` are the
-    values to compute at the start of a call; `scoped` says whether a call must be opened at all.
+    values to compute at the start of a call; `scoped` says whether a call must be opened at all,
+    `reads_call` whether a delta asks about it.
     """
 
     programs: list[Any]
@@ -34,6 +35,7 @@ class Table:
     blocks: list[Any]
     prepares: tuple[tuple[int, Callable[[Any], Any]], ...] = ()
     scoped: bool = False
+    reads_call: bool = False
 
 
 @dataclass
@@ -169,7 +171,20 @@ class Tapped:
         return self.inner(module, base, args, kwargs)
 
 
-class Routed:
+class ByRows:
+    """What routed programs share: running a program on some rows, and saying so to its deltas."""
+
+    slot: Slot
+
+    def on_rows(self, rows: Tensor, run: Callable[..., Any], *args: Any) -> Any:
+        before, self.slot.rows = self.slot.rows, rows
+        try:
+            return run(*args)
+        finally:
+            self.slot.rows = before
+
+
+class Routed(ByRows):
     """Rows of one batch under different programs of one leaf module.
 
     Where every program only adds to the output, the base runs once for all rows; else it runs
@@ -187,22 +202,26 @@ class Routed:
             y = base(x, *args, **kwargs)
             for program, rows in groups:
                 if program is not None:
-                    changed = program.outputs(x.index_select(0, rows), y.index_select(0, rows))
+                    changed = self.on_rows(
+                        rows, program.outputs, x.index_select(0, rows), y.index_select(0, rows)
+                    )
                     y = y.index_copy(0, rows, changed)
             return y
         parts = [
             base(x.index_select(0, rows), *args, **kwargs)
             if program is None
-            else program(module, base, (x.index_select(0, rows), *args), kwargs)
+            else self.on_rows(rows, program, module, base, (x.index_select(0, rows), *args), kwargs)
             for program, rows in groups
         ]
         return torch.cat(parts).index_select(0, torch.cat([rows for _, rows in groups]).argsort())
 
 
-class RoutedOnOutput:
+class RoutedOnOutput(ByRows):
     """Rows of one batch under different members of one sublayer or block."""
 
-    def __init__(self, programs: Sequence[OnOutput | None], slot: Slot, site: Site, *, own_input: bool) -> None:
+    def __init__(
+        self, programs: Sequence[OnOutput | None], slot: Slot, site: Site, *, own_input: bool
+    ) -> None:
         self.programs, self.slot, self.site, self.own_input = tuple(programs), slot, site, own_input
 
     def __call__(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -218,7 +237,8 @@ class RoutedOnOutput:
             if program is not None:
                 if residual is not None:
                     taps[name] = residual.index_select(0, rows)
-                y = y.index_copy(0, rows, program.on(x.index_select(0, rows), y.index_select(0, rows)))
+                changed = self.on_rows(rows, program.on, x.index_select(0, rows), y.index_select(0, rows))
+                y = y.index_copy(0, rows, changed)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -16,9 +18,10 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import pluggy
+from torch import Tensor
 
 from inlay import hookspecs
-from inlay.errors import RegistryError, near
+from inlay.errors import RegistryError, near, shown
 from inlay.method import Method
 from inlay.settings import from_plain
 
@@ -44,7 +47,7 @@ class Registry:
         self._manager.add_hookspecs(hookspecs)
         self._adopted: dict[type[Method], Any] = {}
         self._local: dict[str, type[Method]] = {}
-        self._observers: list[Any] = []
+        self._lasting = False  # whether the observers named in the environment wrap the hooks yet
         if os.environ.get("INLAY_TRACE") == "1":
             self._manager.add_hookcall_monitoring(_print_call, lambda *_: None)
 
@@ -53,11 +56,11 @@ class Registry:
     def origins(self) -> dict[str, list[Origin]]:
         """Return what is offered under each name, from metadata alone."""
         allowed = os.environ.get("INLAY_LOAD_PLUGINS")
-        chosen = None if allowed is None else {a.strip() for a in allowed.split(",") if a.strip()}
+        chosen = None if allowed is None else {*map(_canonical, allowed.split(",")), hookspecs.PROJECT}
         found: dict[str, list[Origin]] = {}
         for entry in entry_points(group=GROUP):
             origin = _origin(entry)
-            if chosen is None or origin.distribution in chosen:
+            if chosen is None or _canonical(origin.distribution) in chosen:
                 found.setdefault(entry.name, [])
                 if origin not in found[entry.name]:
                     found[entry.name].append(origin)
@@ -75,14 +78,14 @@ class Registry:
         offers = self.origins().get(name, [])
         if not offers:
             raise RegistryError(
-                f"no installed package offers the method {name!r}",
-                saw=f"methods here: {', '.join(sorted(self.origins() | self._local)) or 'none'}",
+                f"no installed package offers the method {shown(name)}",
+                saw=f"methods here: {', '.join(sorted(self.origins() | self._local)) or 'none'}{_limited()}",
                 do=f"pip install {_package_of(name)}, or " + near(name, self.origins() | self._local),
             )
-        if len({o.distribution for o in offers}) > 1:
+        if len(offers) > 1:
             raise RegistryError(
-                f"method {name!r} is offered by two packages",
-                saw=" and ".join(f"{o.distribution} {o.version}" for o in offers),
+                f"method {name!r} is offered more than once",
+                saw=" and ".join(f"{o.distribution} {o.version} ({o.value})" for o in offers),
                 do="uninstall one of them, or set INLAY_LOAD_PLUGINS to the packages to use",
             )
         return self._import(offers[0])
@@ -95,6 +98,13 @@ class Registry:
     def register(self, kind: type[Method]) -> type[Method]:
         """Offer a method class defined in this process; for notebooks and tests. Usable as decorator."""
         self._adopt(kind)
+        own = f"{kind.__module__}:{kind.__qualname__}"
+        if others := [o for o in self.origins().get(kind.id, []) if o.value != own]:
+            raise RegistryError(
+                f"an installed package already offers a method {kind.id!r}",
+                saw=f"{others[0].distribution} {others[0].version} offers it, and {own} would hide it",
+                do="give your class another id",
+            )
         self._local[kind.id] = kind
         return kind
 
@@ -111,6 +121,7 @@ class Registry:
     def call(self, hook: str, method: Method, **arguments: Any) -> Any:
         """Call a hook on the method's own implementation; observers wrap it."""
         plugin = self._adopt(type(method))
+        self._observe_environment()
         others = [p for p in self._adopted.values() if p is not plugin]
         caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
         try:
@@ -124,6 +135,12 @@ class Registry:
                 saw=f"None from {self._whence(type(method))}",
                 do="return a value ({} or [] where there is nothing to say)",
             )
+        if answer is not None and (wrong := wrong_answer(hook, answer)):
+            raise RegistryError(
+                f"the hook {hook!r} gave an answer of the wrong type",
+                saw=f"{wrong} from {self._whence(type(method))}",
+                do=f"return what inlay/hookspecs.py says of {hook}",
+            )
         return answer
 
     def implements(self, method: Method, hook: str) -> bool:
@@ -133,7 +150,9 @@ class Registry:
     @contextmanager
     def observing(self, *observers: Any) -> Iterator[None]:
         """Let `observers` (objects with hook wrappers, or names of `inlay.observers`) wrap every hook."""
-        loaded = [self._load_observer(o) if isinstance(o, str) else o for o in observers]
+        loaded = [_load_observer(o) if isinstance(o, str) else o for o in observers]
+        for observer in loaded:
+            _check_observer(observer, self._manager)
         for observer in loaded:
             self._manager.register(observer)
         try:
@@ -142,28 +161,29 @@ class Registry:
             for observer in loaded:
                 self._manager.unregister(observer)
 
-    def _load_observer(self, name: str) -> Any:
-        found = {e.name: e for e in entry_points(group=OBSERVERS)}
-        if name not in found:
-            raise RegistryError(
-                f"no installed package offers the observer {name!r}",
-                saw=f"observers here: {', '.join(sorted(found)) or 'none'}",
-                do="install it, or pass the observer object itself",
-            )
-        return found[name].load()
+    def _observe_environment(self) -> None:
+        """Register the observers named in INLAY_OBSERVERS, once, before the first hook is called."""
+        if not self._lasting:
+            named = [n.strip() for n in os.environ.get("INLAY_OBSERVERS", "").split(",") if n.strip()]
+            for observer in [_load_observer(n) for n in dict.fromkeys(named)]:
+                _check_observer(observer, self._manager)
+                self._manager.register(observer)
+            self._lasting = True
 
     # -- checks ----------------------------------------------------------------------------------
 
     def _import(self, origin: Origin) -> type[Method]:
         try:
             kind = EntryPoint(name=origin.name, value=origin.value, group=GROUP).load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RegistryError(
                 f"method {origin.name!r} failed to import",
                 saw=f"{type(error).__name__}: {error} in {origin.distribution} {origin.version}",
                 do=f"fix or reinstall {origin.distribution}; other methods are unaffected",
             ) from error
-        if not (inspect.isclass(kind) and issubclass(kind, Method) and getattr(kind, "id", None) == origin.name):
+        if not (
+            inspect.isclass(kind) and issubclass(kind, Method) and getattr(kind, "id", None) == origin.name
+        ):
             raise RegistryError(
                 f"the entry point {origin.name!r} does not name a method of that id",
                 saw=f"{origin.value} is {kind!r} with id {getattr(kind, 'id', None)!r}",
@@ -173,7 +193,7 @@ class Registry:
 
     def _adopt(self, kind: type[Method]) -> Any:
         if kind not in self._adopted:
-            self._check(kind)
+            self.check(kind)
             plugin = _Plugin(kind)
             try:
                 self._manager.register(plugin)
@@ -183,17 +203,21 @@ class Registry:
             self._adopted[kind] = plugin
         return self._adopted[kind]
 
-    def _check(self, kind: type[Method]) -> None:
+    def check(self, kind: type[Method]) -> None:
         """Refuse what pluggy would accept and then not call, or call wrongly."""
-        marked = {n: f for n, f in inspect.getmembers(kind, inspect.isroutine) if hasattr(f, "inlay_impl")}
-        for name, function in marked.items():
-            if name not in HOOKS:
-                raise self._rejected(kind, f"{name!r} is not a hook; {near(name, HOOKS)}")
-            for parameter in inspect.signature(function).parameters.values():
-                if parameter.default is not parameter.empty or parameter.kind is parameter.KEYWORD_ONLY:
-                    raise self._rejected(
-                        kind, f"{name}({parameter}) has a default or is keyword-only, so it would not be filled"
-                    )
+        if kind in self._adopted:
+            return
+        if not isinstance(getattr(kind, "id", None), str):
+            raise RegistryError(
+                f"the method class {kind.__name__} has no id",
+                saw=f"id = {shown(getattr(kind, 'id', None))}",
+                do='give it a class attribute: id: ClassVar[str] = "…"',
+            )
+        marked = _marked(kind)
+        if wrong := _miswritten(marked):
+            raise self._rejected(kind, wrong)
+        if kind.prepares is True and "prepare" not in marked:
+            raise self._rejected(kind, "prepares is true, but there is no prepare hook")
         for name in HOOKS:
             own = inspect.getattr_static(kind, name, None)
             if own is not None and name not in marked:
@@ -215,9 +239,81 @@ class _Plugin:
     """A method class as pluggy wants it: one plugin object whose attributes are hook functions."""
 
     def __init__(self, kind: type[Method]) -> None:
-        for name, function in inspect.getmembers(kind, inspect.isroutine):
-            if hasattr(function, "inlay_impl"):
-                setattr(self, name, function)
+        self.__dict__.update(_marked(kind))
+
+
+def _marked(plugin: Any) -> dict[str, Any]:
+    """Return the functions of a class or object that are marked as hooks."""
+    return {n: f for n, f in inspect.getmembers(plugin, inspect.isroutine) if hasattr(f, "inlay_impl")}
+
+
+def _miswritten(marked: dict[str, Any]) -> str:
+    """Say which marked function pluggy would not call, or not fill; "" if none."""
+    for name, function in marked.items():
+        if name not in HOOKS:
+            return f"{name!r} is not a hook; {near(name, HOOKS)}"
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.default is not parameter.empty or parameter.kind is parameter.KEYWORD_ONLY:
+                return f"{name}({parameter}) has a default or is keyword-only, so it would not be filled"
+            if parameter.name == "self":
+                return f"{name} takes self, but a hook is a static method"
+    return ""
+
+
+def wrong_answer(hook: str, answer: Any) -> str:
+    """Say in words how an answer is not of the type the contract names; "" if it is."""
+    from inlay.training import Group, Stage
+
+    tensors = (Mapping, Tensor)
+    kinds = {
+        "trainable_mask": (Mapping, bool), "merge": (Mapping, Callable), "state_dict": tensors,
+        "migrate": tensors, "calibrate": tensors, "prepare": tensors, "parameter_groups": (Sequence, Group),
+        "stages": (Sequence, Stage), "auxiliary_loss": (Tensor, object),
+    }  # fmt: skip
+    whole, item = kinds.get(hook, (object, object))
+    if not isinstance(answer, whole):
+        return f"a {type(answer).__name__}"
+    items = answer.values() if whole is Mapping else answer if whole is Sequence else ()
+    bad = next((i for i in items if not isinstance(i, item)), None)
+    return "" if bad is None else f"a {type(answer).__name__} holding a {type(bad).__name__}"
+
+
+def _load_observer(name: str) -> Any:
+    """Return the observer an installed package offers under `name`; a class is instantiated."""
+    found = {e.name: e for e in entry_points(group=OBSERVERS)}
+    if name not in found:
+        raise RegistryError(
+            f"no installed package offers the observer {name!r}",
+            saw=f"observers here: {', '.join(sorted(found)) or 'none'}",
+            do="install it, or pass the observer object itself",
+        )
+    try:
+        observer = found[name].load()
+        return observer() if inspect.isclass(observer) else observer
+    except (Exception, SystemExit) as error:
+        origin = _origin(found[name])
+        raise RegistryError(
+            f"the observer {name!r} failed to import",
+            saw=f"{type(error).__name__}: {error} in {origin.distribution} {origin.version}",
+            do=f"fix or reinstall {origin.distribution}, or leave it out",
+        ) from error
+
+
+def _check_observer(observer: Any, manager: pluggy.PluginManager) -> None:
+    """Refuse an observer that would answer a hook in a method's place, or never be called."""
+    marked = _marked(observer)
+    answering = [n for n, f in marked.items() if not (f.inlay_impl["wrapper"] or f.inlay_impl["hookwrapper"])]
+    reason = _miswritten(marked)
+    if answering:
+        reason = f"{answering[0]} does not wrap: write @hookimpl(wrapper=True) and yield once"
+    elif not marked:
+        reason = "it wraps no hook"
+    elif manager.is_registered(observer):
+        reason = "it observes already"
+    if reason:
+        raise RegistryError(
+            "this cannot observe hooks", saw=f"{shown(observer)}: {reason}", do="see docs/hooks.md on observers"
+        )
 
 
 @cache
@@ -235,14 +331,24 @@ def _origin(entry: EntryPoint) -> Origin:
     return Origin(entry.name, distribution.metadata["Name"], distribution.version, entry.value)
 
 
+def _canonical(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution.strip()).lower()
+
+
+def _limited() -> str:
+    """Say that the environment limits which packages are seen, if it does."""
+    chosen = os.environ.get("INLAY_LOAD_PLUGINS")
+    return "" if chosen is None else f" (INLAY_LOAD_PLUGINS={chosen!r} hides others)"
+
+
 def _package_of(name: str) -> str:
     """Guess which of our own packages a method would come in; the naming rule is inlay-<family>."""
-    return f"the inlay-* package that has {name!r} (see the table of methods in the docs)"
+    return f"the inlay-* package that has {shown(name)} (see the table of methods in the docs)"
 
 
 def _print_call(hook_name: str, _impls: Any, arguments: dict[str, Any]) -> None:
     method = arguments.get("method")
-    print(f"inlay: {hook_name}({getattr(method, 'id', method)!r})")
+    print(f"inlay: {hook_name}({getattr(method, 'id', method)!r})", file=sys.stderr)
 
 
 registry = Registry()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.context import Call
-from inlay.errors import MergedError, RoutingError
+from inlay.errors import MergedError, RoutingError, shown
 from inlay.stack import State, need_state
 
 
@@ -47,27 +47,46 @@ class route(use):  # noqa: N801 - a verb
     def __init__(
         self,
         model: nn.Module,
-        names: str | None | Sequence[str | None | tuple[str, ...]],
+        names: str | Sequence[str | tuple[str, ...] | None] | None,
         *,
         tasks: Sequence[int] | Tensor | None = None,
     ) -> None:
         state = need_state(model)
-        ids = None if tasks is None else torch.as_tensor(tasks)
         single = names is None or isinstance(names, str)
-        rows = [names] if single else list(names)  # type: ignore[arg-type]
-        if not rows:
-            raise RoutingError("a route needs a name per row", saw="no rows", do="give one entry per sample")
+        rows = [names] if single else list(names) if isinstance(names, Sequence) else []  # type: ignore[list-item]
+        if not rows or not all(r is None or isinstance(r, (str, tuple)) for r in rows):
+            raise RoutingError(
+                "a route needs a name per row",
+                saw=shown(names),
+                do='give one entry per sample: a name, None, or a tuple of names, as in ["fr", None]',
+            )
+        ids = None if tasks is None else _ids(tasks, None if single else len(rows))
         stacks = [_stack(state, _names(row)) for row in rows]
         for stack in stacks:
             _refuse_without_merged(state, stack)
-        distinct = tuple(dict.fromkeys(stacks))
+        distinct = tuple(sorted(set(stacks)))
         which = None if single or len(distinct) == 1 else tuple(distinct.index(s) for s in stacks)
         self._state = state
         self._call = Call(state.table_for(distinct), state.slot, rows=which, tasks=ids)
         self._outer = []
 
 
-def _names(row: str | None | tuple[str, ...]) -> tuple[str, ...]:
+def _ids(tasks: Sequence[int] | Tensor, rows: int | None) -> Tensor:
+    """Return the task ids as a tensor, if they are one integer per row (or for any batch, if `rows` is None)."""
+    try:
+        ids = torch.as_tensor(tasks)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        ids = torch.empty(0)
+    if ids.dim() != 1 or ids.is_floating_point() or not len(ids) or len(ids) != (rows or len(ids)):
+        raise RoutingError(
+            "a route needs a task id per row",
+            saw=f"tasks={shown(tasks)}, rows: {rows or 'any'}",
+            do="give one integer per sample",
+        )
+    return ids
+
+
+def _names(row: str | tuple[str, ...] | None) -> tuple[str, ...]:
     if row is None:
         return ()
     return (row,) if isinstance(row, str) else tuple(row)

@@ -22,7 +22,7 @@ class Scope(Host):
         outer, forward = slot.call, super().forward
         if self.training and state.checkpointed:
             bind_checkpointing(state.checkpointed, slot)
-        if outer is None and not state.table.scoped or outer is not None and outer.model is not None:
+        if (outer is None and not state.table.scoped) or (outer is not None and outer.model is not None):
             return forward(*args, **kwargs)
         call = (state.default_call() if outer is None else outer).begin(self, args, kwargs)
         slot.call = call

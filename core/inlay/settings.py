@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import types
 import typing
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
-from inlay.errors import ConfigError, near
+from inlay.errors import ConfigError, near, shown
+
+MAX_INT = 2**53  # beyond it a float no longer holds every integer
 
 
 def setting(
@@ -34,7 +37,7 @@ def check_setting(owner: type, field: dataclasses.Field[Any], value: Any) -> Any
     if not fits(value, hint):
         raise ConfigError(
             f"{owner.__name__}: {field.name} has the wrong type or value",
-            saw=f"{field.name}={value!r} ({type(value).__name__})",
+            saw=f"{field.name}={shown(value)} ({type(value).__name__})",
             do=f"give {describe(hint)}",
         )
     _check_range(owner, field, value)
@@ -89,23 +92,41 @@ def plain(value: Any) -> Any:
 
 def from_plain(owner: type, settings: dict[str, Any], build: Any) -> Any:
     """Return `owner(**settings)`, building methods inside with `build(id, settings)`."""
-    known = {f.name for f in dataclasses.fields(owner)}
+    known = {f.name: f for f in dataclasses.fields(owner)}
     unknown = [name for name in settings if name not in known]
     if unknown:
         raise ConfigError(
-            f"{owner.__name__} has no setting {unknown[0]!r}",
-            saw=f"{unknown[0]}={settings[unknown[0]]!r}",
+            f"{owner.__name__} has no setting {shown(unknown[0])}",
+            saw=f"{shown(unknown[0])}={shown(settings[unknown[0]])}",
             do=near(unknown[0], known),
+        )
+    required = [n for n, f in known.items() if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := [name for name in required if name not in settings]:
+        raise ConfigError(
+            f"{owner.__name__} needs the setting {missing[0]!r}",
+            saw=f"settings given: {', '.join(map(repr, settings)) or 'none'}",
+            do=f"give {missing[0]}=...",
         )
     return owner(**{name: _built(value, build) for name, value in settings.items()})
 
 
 def _built(value: Any, build: Any) -> Any:
-    if isinstance(value, dict) and value.keys() == {"method", "settings"}:
+    if isinstance(value, dict) and is_method(value):
         return build(value["method"], value["settings"])
+    if isinstance(value, dict):
+        return {k: _built(v, build) for k, v in value.items()}
     if isinstance(value, list):
         return tuple(_built(v, build) for v in value)
     return value
+
+
+def is_method(value: dict[str, Any]) -> bool:
+    """Return whether plain data stands for a method (see `plain`)."""
+    return (
+        value.keys() == {"method", "settings"}
+        and isinstance(value["method"], str)
+        and isinstance(value["settings"], dict)
+    )
 
 
 @cache
@@ -114,11 +135,14 @@ def _hints(owner: type) -> dict[str, Any]:
 
 
 def _check_range(owner: type, field: dataclasses.Field[Any], value: Any) -> None:
+    if isinstance(value, (tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_range(owner, field, item)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return
     bounds = field.metadata
     inside = (
-        math.isfinite(value)
+        abs(value) <= (MAX_INT if isinstance(value, int) else sys.float_info.max)
         and value >= bounds.get("least", -math.inf)
         and value <= bounds.get("most", math.inf)
         and value > bounds.get("above", -math.inf)
@@ -129,6 +153,6 @@ def _check_range(owner: type, field: dataclasses.Field[Any], value: Any) -> None
         wanted = " and ".join(f"{signs[k]} {v}" for k, v in bounds.items()) or "a finite number"
         raise ConfigError(
             f"{owner.__name__}: {field.name} is out of range",
-            saw=f"{field.name}={value!r}",
+            saw=f"{field.name}={shown(value)}",
             do=f"give a finite {field.name} {wanted}" if bounds else f"give {wanted}",
         )

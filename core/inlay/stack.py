@@ -8,15 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from inlay.adapter import Adapter
 from inlay.attention import AttentionPort
 from inlay.blocks import BlockPort
 from inlay.context import Call, Slot
-from inlay.errors import ConfigError, StateError, near
-from inlay.hosts import Deltas, Host
+from inlay.errors import ConfigError, StateError, near, shown
+from inlay.hosts import Deltas
 from inlay.method import Method
 from inlay.registry import registry
 from inlay.sites import Site
@@ -24,7 +23,8 @@ from inlay.sites import Site
 if TYPE_CHECKING:
     from inlay.programs import Table
 
-MAX_NAME = 200
+MAX_NAME, MAX_TEXT = 200, 10_000
+MAX_TABLES = 64  # compiled choices kept; routing many adapters makes many
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,13 @@ class Stack:
         if isinstance(what, str):
             return parse(what)
         if isinstance(what, Method):
+            registry.check(type(what))
             return cls((Part(what.id, what),))
         if isinstance(what, Part):
             return cls((what,))
         raise ConfigError(
             "this is not a method, a part, a stack or text naming one",
-            saw=f"{what!r:.200} ({type(what).__name__})",
+            saw=f"{shown(what)} ({type(what).__name__})",
             do='pass for example LoRA(rank=8), LoRA() + IA3(), or "lora(rank=8) + ia3"',
         )
 
@@ -85,18 +86,19 @@ def check_name(name: object, what: str) -> None:
             return
     raise ConfigError(
         f"this cannot be the name of {'an' if what[0] in 'aeiou' else 'a'} {what}",
-        saw=ascii(name)[:MAX_NAME],
+        saw=shown(name),
         do=f"use 1 to {MAX_NAME} printable characters without '/' ('/' separates adapter from part)",
     )
 
 
 def parse(text: str) -> Stack:
     """Read a stack from text: method calls joined by "+", arguments literals. Nothing is evaluated."""
+    if len(text) > MAX_TEXT:
+        raise _unreadable(text, f"{len(text):,} characters, at most {MAX_TEXT:,} are read")
     try:
-        tree = ast.parse(text, mode="eval").body
+        return Stack(tuple(_parts(ast.parse(text, mode="eval").body, text)))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise _unreadable(text, str(error)) from error
-    return Stack(tuple(_parts(tree, text)))
 
 
 def _parts(node: ast.expr, text: str) -> Iterator[Part]:
@@ -107,7 +109,9 @@ def _parts(node: ast.expr, text: str) -> Iterator[Part]:
     call = node
     name: str | None = None
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "named":
-        name, call = _literal(node.args[0], text) if node.args else "", node.func.value
+        if len(node.args) != 1 or node.keywords:
+            raise _unreadable(text, "named() takes one name")
+        name, call = _literal(node.args[0], text), node.func.value
     method = _method(call, text)
     yield Part(method.id if name is None else name, method)
 
@@ -116,7 +120,10 @@ def _method(node: ast.expr, text: str) -> Method:
     if isinstance(node, ast.Name):
         return registry.build(node.id, {})
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
-        settings = {k.arg or "**": _literal(k.value, text) for k in node.keywords}
+        names = [k.arg or "**" for k in node.keywords]
+        if twice := [n for n in names if names.count(n) > 1]:
+            raise _unreadable(text, f"{twice[0]} is given twice")
+        settings = {name: _literal(k.value, text) for name, k in zip(names, node.keywords, strict=True)}
         return registry.build(node.func.id, settings)
     raise _unreadable(text, f"{ast.unparse(node)!r} is not a method with keyword settings")
 
@@ -133,7 +140,7 @@ def _literal(node: ast.expr, text: str) -> Any:
 def _unreadable(text: str, reason: str) -> ConfigError:
     return ConfigError(
         "the text does not describe a stack",
-        saw=f"{ascii(text)[:MAX_NAME]}: {reason}",
+        saw=f"{ascii(text[:MAX_NAME])}: {ascii(reason)[1 : MAX_NAME + 1]}",
         do='write for example "lora(rank=8) + prefix_tuning(length=16)"',
     )
 
@@ -154,9 +161,17 @@ class Placed:
     def path(self) -> str:
         return f"{self.adapter_name}/{self.part_name}"
 
-    def prepare(self, call: Call | None) -> Any:
+    def prepare(self, call: Call) -> Any:
         """Run the method's `prepare` hook directly: no plugin machinery inside a forward pass."""
         return self.method.prepare(self.method, self.adapter, call)  # type: ignore[attr-defined]
+
+    def prepared(self, call: Call | None) -> Any:
+        """Return what `prepare` computed for this call; computed anew where no call was opened."""
+        from inlay.programs import Table
+
+        if call is None:  # a part of the model is called by itself
+            call = Call(Table([], [], []), Slot())
+        return call.prepared[self.id] if self.id in call.prepared else self.prepare(call)
 
 
 @dataclass(eq=False)
@@ -189,7 +204,9 @@ class State:
         parts = [p for p in self.placed.values() if name in (p.adapter_name, p.path)]
         if not parts:
             known = self.names + [p.path for p in self.placed.values()]
-            raise StateError(f"no adapter is called {name!r} here", saw=f"attached: {self.names}", do=near(name, known))
+            raise StateError(
+                f"no adapter is called {shown(name)} here", saw=f"attached: {self.names}", do=near(name, known)
+            )
         return parts
 
     def find_all(self, names: Sequence[str]) -> list[Placed]:
@@ -219,6 +236,8 @@ class State:
 
         key = (stacks, prompts)
         if key not in self._tables:
+            if len(self._tables) >= MAX_TABLES:
+                del self._tables[next(iter(self._tables))]
             self._tables[key] = compile_table(self, stacks, prompts=prompts)
         return self._tables[key]
 
@@ -256,7 +275,7 @@ class State:
 
 def state_of(model: nn.Module) -> State | None:
     """Return the state of an adapted model, or None."""
-    state = model.__dict__.get("_inlay_state")
+    state = getattr(model, "__dict__", {}).get("_inlay_state")
     return state if isinstance(state, State) and state.model is model else None
 
 
@@ -285,7 +304,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if key.startswith(own):
             continue
         path, _, leaf = key.rpartition(".")
-        original = kept.get((id(model.get_submodule(path)), leaf), tensor)
+        original = kept.get((id(model.get_submodule(path)), leaf), tensor) if kept else tensor
         if original is not None:
             result[key] = original
     return result
@@ -293,16 +312,3 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def _own_prefixes(state: State) -> tuple[str, ...]:
     return tuple(f"{name}." for name, m in state.model.named_modules() if isinstance(m, Deltas))
-
-
-def is_host(module: nn.Module) -> bool:
-    return isinstance(module, Host)
-
-
-def detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach() for name, tensor in tensors.items()}
-
-
-def same_storage(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors share memory."""
-    return torch.is_tensor(a) and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() != 0

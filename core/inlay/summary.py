@@ -48,7 +48,9 @@ class Summary:
                 f"{p.bytes:,} bytes in {p.dtype}, {merges}, {state}"
             )
         share = 100 * self.trainable / max(1, self.base_parameters)
-        lines.append(f"{self.trainable:,} of {self.base_parameters:,} base parameters' worth learn ({share:.3g} %)")
+        lines.append(
+            f"{self.trainable:,} of {self.base_parameters:,} base parameters' worth learn ({share:.3g} %)"
+        )
         return "\n".join(lines)
 
 

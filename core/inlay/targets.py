@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable, Sequence
 
 from inlay.anatomy import ROLES, Anatomy
-from inlay.errors import TargetError, near
+from inlay.errors import TargetError, near, shown
 from inlay.method import Method
-from inlay.sites import AttentionSite, ModuleSite, Site
+from inlay.sites import ModuleSite, Site
 
+PIECE = re.compile(r"\s*([0-9]{1,4})\s*(?:-\s*([0-9]{1,4})\s*)?")  # a model has at most thousands of blocks
 INSIDE = {
     "attention": ("query", "key", "value", "output"),
     "ffn": ("gate", "up", "down"),
@@ -20,8 +22,10 @@ INSIDE = {
 def resolve(anatomy: Anatomy, method: Method) -> tuple[Site, ...]:
     """Return the sites a method goes to, in model order, each once."""
     if method.parts():
-        inner = {s.name: s for part in method.parts().values() for s in resolve(anatomy, part)}
+        inner = {s.name: s for part in method.inside().values() for s in resolve(anatomy, part)}
         return _in_model_order(anatomy, list(inner.values()))
+    if method.targets is None and method.optional_targets:
+        return _in_model_order(anatomy, _in_layers(_defaults(anatomy, method), method))
     entries = method.default_targets if method.targets is None else method.targets
     if not entries:
         raise TargetError(f"{method.id} has no targets", saw="targets=()", do="name roles or modules")
@@ -30,6 +34,20 @@ def resolve(anatomy: Anatomy, method: Method) -> tuple[Site, ...]:
         for site in _matches(anatomy, method, entry):
             found[site.name] = site
     return _in_model_order(anatomy, _in_layers(list(found.values()), method))
+
+
+def _defaults(anatomy: Anatomy, method: Method) -> list[Site]:
+    """Return the sites of the method's own defaults; of the optional ones, those the model has."""
+    found = {s.name: s for entry in method.default_targets for s in _matches(anatomy, method, entry)}
+    refused: list[TargetError] = []
+    for entry in method.optional_targets:
+        try:
+            found.update({s.name: s for s in _matches(anatomy, method, entry)})
+        except TargetError as error:
+            refused.append(error)
+    if not found:
+        raise refused[0]
+    return list(found.values())
 
 
 def _in_model_order(anatomy: Anatomy, sites: list[Site]) -> tuple[Site, ...]:
@@ -43,12 +61,13 @@ def layer_numbers(layers: Sequence[int] | str) -> set[int]:
         return set(layers)
     numbers: set[int] = set()
     for piece in layers.split(","):
-        first, _, last = piece.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        found = PIECE.fullmatch(piece)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
             raise TargetError(
-                "the layers cannot be read", saw=repr(layers), do='write for example layers="0-5,11"'
+                "the layers cannot be read", saw=shown(layers), do='write for example layers="0-5,11"'
             )
-        numbers |= set(range(int(first), int(last or first) + 1))
+        numbers |= set(range(first, last + 1))
     return numbers
 
 
@@ -127,12 +146,14 @@ def _in_layers(sites: list[Site], method: Method) -> list[Site]:
     if method.layers is None:
         return sites
     wanted = layer_numbers(method.layers)
+    if not wanted:
+        raise TargetError(f"{method.id} has no layers", saw="layers=()", do="name blocks, or leave layers out")
     there = {s.layer for s in sites if s.layer is not None}
     missing = sorted(wanted - there)
     if missing:
         raise TargetError(
             f"{method.id}: layers name blocks this model lacks",
-            saw=f"layers {missing}; it has {min(there, default='none')} to {max(there, default='none')}",
+            saw=f"layers {missing[:12]}; it has {min(there, default='none')} to {max(there, default='none')}",
             do="leave those layers out",
         )
     return [s for s in sites if s.layer in wanted]
@@ -164,10 +185,6 @@ def _nothing(anatomy: Anatomy, method: Method, entry: str) -> TargetError:
     )
 
 
-def site_names(sites: Iterable[Site]) -> list[str]:
-    return [site.name for site in sites]
-
-
 def by_name(anatomy: Anatomy, method: Method, names: Sequence[str]) -> tuple[Site, ...]:
     """Return the sites with exactly these names, as a checkpoint lists them."""
     known: dict[str, Site] = {}
@@ -194,7 +211,3 @@ def _bare(anatomy: Anatomy, method: Method, name: str) -> Site:
             do=near(name, anatomy.modules),
         )
     return site
-
-
-def is_attention(site: Site) -> bool:
-    return isinstance(site, AttentionSite)

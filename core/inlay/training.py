@@ -137,10 +137,17 @@ def check_training(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
     names = {id(p): n for n, p in model.named_parameters()}
     learning = {id(p) for p in model.parameters() if p.requires_grad}
     own = {id(p) for _, _, p in state.own_parameters()}
-    _refuse(names, learning - own, "a base tensor requires a gradient", "let inlay.set_trainable choose what learns")
+    _refuse(
+        names,
+        learning - own,
+        "a base tensor requires a gradient",
+        "let inlay.set_trainable choose what learns",
+    )
     if not learning:
         raise TrainingError(
-            "nothing learns", saw=f"{len(own)} adapter tensors, all frozen", do="inlay.set_trainable(model, name)"
+            "nothing learns",
+            saw=f"{len(own)} adapter tensors, all frozen",
+            do="inlay.set_trainable(model, name)",
         )
     if optimizer is not None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}

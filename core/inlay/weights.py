@@ -64,7 +64,7 @@ def as_stored(site: ModuleSite, weight: Tensor, bias: Tensor | None) -> dict[str
     assert old is not None
     if site.layer_kind == "norm":
         weight = weight - norm_offset(type(module))
-    if bias is not None and old_bias is None and not site.is_linear:
+    if bias is not None and old_bias is None and not (site.is_linear or site.layer_kind == "conv2d"):
         raise CannotMerge(
             "a bias has no place here",
             saw=f"{site.name} is a {type(module).__name__} without a bias",
@@ -141,6 +141,7 @@ class Level:
         self.site, self.below = site, tuple(below)
         self._key: tuple[int, ...] | None = None
         self._value: tuple[Tensor, Tensor | None] | None = None
+        self._squares: tuple[Any, Tensor] | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -152,7 +153,9 @@ class Level:
 
     def tensors(self) -> tuple[Tensor, Tensor | None]:
         """Return (weight, bias), cached while neither the base nor the members below change."""
-        learning = torch.is_grad_enabled() and any(p.requires_grad for d in self.below for p in d.parameters())
+        learning = torch.is_grad_enabled() and any(
+            p.requires_grad for d in self.below for p in d.reached()
+        )
         if learning or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
             return self._folded()
         key = self._versions()
@@ -161,6 +164,16 @@ class Level:
                 self._key, self._value = key, self._folded()
         return self._value
 
+    def measured(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return (weight, bias, Σⱼ Wᵢⱼ² of each row), the sums without gradient and kept with the tensors."""
+        value = self.tensors()
+        if self._squares is not None and self._squares[0] is value:
+            return (*value, self._squares[1])
+        squares = value[0].detach().square().sum(1)
+        if value is self._value:
+            self._squares = (value, squares)
+        return (*value, squares)
+
     def _folded(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = read(self.site)
         for delta in self.below:
@@ -168,9 +181,9 @@ class Level:
         return weight, bias
 
     def _versions(self) -> tuple[int, ...]:
-        base = getattr(self.site.module, self.site.weight_name)
-        tensors = [base, *(p for d in self.below for p in d.parameters())]
+        base = [getattr(self.site.module, n) for n in (self.site.weight_name, self.site.bias_name) if n]
+        tensors = [t for t in base if t is not None] + [p for d in self.below for p in d.reached()]
         return tuple(v for t in tensors for v in (t.data_ptr(), t._version))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_key": None, "_value": None}
+        return {**self.__dict__, "_key": None, "_value": None, "_squares": None}

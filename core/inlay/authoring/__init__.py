@@ -1,6 +1,6 @@
 """What a method's author imports: the base, the faces, settings, and parts that several methods share."""
 
-from inlay.adapter import Adapter, Init, Ref
+from inlay.adapter import Adapter, Init
 from inlay.authoring.composite import Composite
 from inlay.authoring.trained import OwnValues, Shift, Trained
 from inlay.context import At, Call
@@ -13,11 +13,12 @@ from inlay.delta import (
     InputDelta,
     KeyValues,
     OutputDelta,
+    Ref,
     SequenceDelta,
     WeightDelta,
     Weights,
 )
-from inlay.errors import CannotMerge, ConfigError, TargetError
+from inlay.errors import CannotMerge, ConfigError, RoutingError, TargetError
 from inlay.hookspecs import hookimpl
 from inlay.method import Method
 from inlay.registry import registry
@@ -30,7 +31,7 @@ register = registry.register
 __all__ = [
     "Adapter", "At", "AttentionDelta", "AttentionSite", "BlockSite", "Call", "CannotMerge", "Change",
     "Compact", "Composite", "ConfigError", "Delta", "Factored", "Group", "Init", "InputDelta", "KeyValues",
-    "Method", "ModuleSite", "OutputDelta", "OwnValues", "Ref", "SequenceDelta", "SequenceSite", "Shift",
-    "Site", "Stage", "SublayerSite", "TargetError", "Trained", "WeightDelta", "Weights", "hookimpl",
+    "Method", "ModuleSite", "OutputDelta", "OwnValues", "Ref", "RoutingError", "SequenceDelta", "SequenceSite",
+    "Shift", "Site", "Stage", "SublayerSite", "TargetError", "Trained", "WeightDelta", "Weights", "hookimpl",
     "register", "setting",
 ]  # fmt: skip

@@ -45,7 +45,7 @@ class Site:
 class ModuleSite(Site):
     """A leaf layer, or a slice `[start, stop)` of a fused projection's outputs.
 
-    `layer_kind` is "linear", "conv1d" (weights stored (in, out)), "embedding", "norm" or
+    `layer_kind` is "linear", "conv1d" (weights stored (in, out)), "conv2d", "embedding", "norm" or
     "parameter" (any other module's own tensor, named by `weight_name`).
     """
 
@@ -80,13 +80,23 @@ class ModuleSite(Site):
         module, weight = self.module, getattr(self.module, self.weight_name)
         if self.layer_kind == "linear":
             shape = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
-        elif self.layer_kind == "conv1d":
+        elif self.layer_kind == "conv1d" or self.layer_kind == "embedding":
             shape = (weight.shape[1], weight.shape[0])
-        elif self.layer_kind == "embedding":
-            shape = (weight.shape[1], weight.shape[0])
+        elif self.layer_kind == "conv2d":
+            shape = (weight.shape[0], int(module.in_channels))  # type: ignore[arg-type]
         else:
             shape = (weight.shape[-1], weight.shape[-1])
         return shape if self.part is None else (self.part[1] - self.part[0], shape[1])
+
+    @property
+    def output_scale(self) -> float:
+        """What an embedding multiplies its rows by (Gemma's and BART's do), else 1."""
+        scale = getattr(self.module, "embed_scale", None)
+        if not isinstance(scale, Tensor):
+            return 1.0 if scale is None else float(scale)
+        if scale.device.type == "meta":
+            scale = torch.tensor(getattr(self.module, "scalar_embed_scale", 1.0))
+        return float(scale.to(self.reference.dtype))  # such a buffer acts rounded to the weight's dtype
 
     @property
     def in_features(self) -> int:

@@ -90,7 +90,9 @@ def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **c
         return FAMILIES[family](**changes).to(dtype).eval()
 
 
-def batch_for(model: nn.Module, *, rows: int = 3, length: int = 7, seed: int = 0, labels: bool = False) -> dict[str, Any]:
+def batch_for(
+    model: nn.Module, *, rows: int = 3, length: int = 7, seed: int = 0, labels: bool = False
+) -> dict[str, Any]:
     """Return a batch the model takes: no padding, tokens that are not special."""
     generator = torch.Generator().manual_seed(seed)
     kind = type(model).__name__
@@ -103,7 +105,9 @@ def batch_for(model: nn.Module, *, rows: int = 3, length: int = 7, seed: int = 0
         batch["labels"] = torch.randint(3, VOCABULARY - 1, (rows, length), generator=generator)
     elif labels:
         count = 3 if "Classification" in kind else 0
-        batch["labels"] = torch.randint(0, count, (rows,), generator=generator) if count else batch["input_ids"]
+        batch["labels"] = (
+            torch.randint(0, count, (rows,), generator=generator) if count else batch["input_ids"]
+        )
     return batch
 
 

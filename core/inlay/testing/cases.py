@@ -1,0 +1,149 @@
+"""What rules are checked on: a tiny model and a stack of configured methods, drawn by Hypothesis."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import nn
+
+import inlay
+from inlay.method import Method
+from inlay.sites import Site
+from inlay.stack import Part, Stack
+from inlay.testing.models import batch_for, build
+
+NAME = "fr"
+FAMILIES = ("llama", "gpt2", "bert", "t5", "vit")
+Count = Callable[[Any, Sequence[Site]], int]
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """What a method declares when it joins the kit: how to configure it, and what it can do.
+
+    `targets` are the selections to try (None: the method's default), `by_layer` whether it can be
+    limited to layers, `start_tolerance` how far rounding moves the output at the start (relative;
+    0: not a bit), `merges` whether it has a weight form, everywhere or as a function of
+    (method, family), `parameters` the number of its parameters on given sites.
+    """
+
+    kind: type[Method]
+    configurations: st.SearchStrategy[Any]
+    families: tuple[str, ...] = FAMILIES
+    targets: tuple[tuple[str, ...] | None, ...] = (None,)
+    by_layer: bool = True
+    start_tolerance: float = 0.0
+    merges: bool | Callable[[Any, str], bool] = False
+    parameters: Count | None = None
+
+    def merges_as(self, method: Method, family: str) -> bool:
+        return self.merges if isinstance(self.merges, bool) else self.merges(method, family)
+
+    @property
+    def ever_merges(self) -> bool:
+        return self.merges is not False
+
+    def __repr__(self) -> str:
+        return f"Joined({self.kind.__name__})"
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A configured method under a name of its own in a stack."""
+
+    name: str
+    method: Method
+    joined: Joined
+
+    def __repr__(self) -> str:
+        return f"{self.method!r}.named({self.name!r})"
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A tiny model of a family and dtype, and a stack (first member innermost)."""
+
+    family: str
+    dtype: torch.dtype
+    members: tuple[Member, ...]
+    seed: int = 0
+
+    def model(self) -> nn.Module:
+        """Return a fresh model, always the same, that has run once (some modules note things then)."""
+        model = build(self.family, seed=self.seed, dtype=self.dtype)
+        with torch.no_grad():
+            model(**batch_for(model, rows=1, labels=True))
+        return model
+
+    @property
+    def stack(self) -> Stack:
+        return Stack(tuple(Part(m.name, m.method) for m in self.members))
+
+    def attach(self, model: nn.Module, name: str = NAME, *, seed: int | None = None, **options: Any) -> Any:
+        return inlay.attach(model, self.stack, name, seed=self.seed if seed is None else seed, **options)
+
+    def attached(self) -> nn.Module:
+        """Return a fresh model with the stack attached as "fr"."""
+        model = self.model()
+        self.attach(model)
+        return model
+
+    def merging(self) -> list[str]:
+        """Return the paths of the parts that have a weight form here, in stack order."""
+        return [f"{NAME}/{m.name}" for m in self.members if m.joined.merges_as(m.method, self.family)]
+
+    def lasting(self) -> list[str]:
+        """Return the paths of the parts that have none."""
+        return [p for m in self.members if (p := f"{NAME}/{m.name}") not in self.merging()]
+
+    def __repr__(self) -> str:
+        stack = " + ".join(map(repr, self.members))
+        return f"Case({self.family}, {str(self.dtype).removeprefix('torch.')}, seed={self.seed}: {stack})"
+
+
+def members(joined: Joined, name: str) -> st.SearchStrategy[Member]:
+    """Draw a configuration, targets and layers of a method."""
+
+    def placed(method: Method, targets: tuple[str, ...] | None, layers: Any) -> Member:
+        changes = {k: v for k, v in (("targets", targets), ("layers", layers)) if v is not None}
+        return Member(name, dataclasses.replace(method, **changes), joined)
+
+    layers = st.sampled_from([None, None, (1,), "0-1"]) if joined.by_layer else st.none()
+    return st.builds(placed, joined.configurations, st.sampled_from(joined.targets), layers)
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    joined: Joined,
+    *,
+    others: Sequence[Joined] = (),
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+) -> Case:
+    """Draw a stack of one method with at most one of `others` below and one above it."""
+    family = draw(st.sampled_from(joined.families))
+    beside = [o for o in others if family in o.families]
+    around = st.sampled_from([None, *beside])
+    chosen = [(draw(around), "below"), (joined, "subject"), (draw(around), "above")]
+    stack = tuple(draw(members(j, name)) for j, name in chosen if j is not None)
+    dtype = getattr(torch, draw(st.sampled_from(tuple(dtypes))))
+    return Case(family, dtype, stack, draw(st.integers(0, 30)))
+
+
+@st.composite
+def stacks(draw: st.DrawFn, methods: Sequence[Joined], *, least: int = 3, dtypes: Sequence[str] = ("float32",)) -> Case:
+    """Draw an ordered subset of `methods`, each once, on a family that all of them know."""
+    count = draw(st.integers(least, len(methods)))
+    order = draw(st.permutations(list(methods)))[:count]
+    families = [f for f in FAMILIES if all(f in j.families for j in order)]
+    if not families:
+        order = [j for j in order if "bert" in j.families]
+        families = ["bert"]
+    stack = tuple(draw(members(j, f"m{i}")) for i, j in enumerate(order))
+    dtype = getattr(torch, draw(st.sampled_from(tuple(dtypes))))
+    return Case(draw(st.sampled_from(families)), dtype, stack, draw(st.integers(0, 30)))

@@ -1,0 +1,71 @@
+"""Another process: a fresh interpreter, kept open, that loads checkpoints and computes with them.
+
+It costs its start once per test run; each question builds its model anew.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import json
+import subprocess
+import sys
+from functools import cache
+from typing import Any
+
+
+@cache
+def _process() -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "inlay.testing.elsewhere"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    atexit.register(_stop, process)
+    return process
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    process.communicate()
+
+
+def ask(**question: Any) -> dict[str, Any]:
+    """Load `folder` onto a fresh model (`family`, `seed`, `dtype`) in the other process; return its answer.
+
+    `modules` are imported there first: those that define methods no installed package offers.
+    """
+    process = _process()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps(question) + "\n")
+    process.stdin.flush()
+    answer: dict[str, Any] = json.loads(process.stdout.readline() or '{"error": "the other process ended"}')
+    return answer
+
+
+def _answer(question: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    import inlay
+    from inlay.testing.effects import output
+    from inlay.testing.models import build
+    from inlay.testing.snapshot import digest
+
+    for module in question["modules"]:
+        importlib.import_module(module)
+    model = build(question["family"], seed=question["seed"], dtype=getattr(torch, question["dtype"]))
+    count = inlay.load(model, question["folder"], "elsewhere")
+    return {"digest": digest({"logits": output(model)}), "tensors": count}
+
+
+def main() -> None:
+    """Answer questions, a line of JSON each, until there are no more."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        try:
+            answer = _answer(json.loads(line))
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

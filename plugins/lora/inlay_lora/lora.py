@@ -1,0 +1,76 @@
+"""LoRA: a low-rank change beside a frozen layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from inlay.authoring import At, Init, ModuleSite, OutputDelta, Site
+from inlay_lora.factors import LowRank, LowRankMethod
+
+
+class LowRankLinear(LowRank):
+    """Δy = s·(drop(x) Aᵀ) Bᵀ: a function of x alone, so it commutes with its like."""
+
+    def forward(self, x: Tensor, y: Tensor, at: At) -> Tensor:
+        """Return Δy (*, out) of x (*, in)."""
+        return self.effect(self.dropped(x))
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return (W + s B A, b)."""
+        return weight + self.product(weight), bias
+
+
+class LowRankEmbedding(OutputDelta):
+    """Δe(t) = s·A[:, t] Bᵀ: `down` = A (r, V) starts at 0, `up` = B (d, r) as N(0, 1).
+
+    Times the constant that some embeddings multiply their rows by. The padding row never learns.
+    """
+
+    def __init__(self, site: ModuleSite, init: Init, method: LowRankMethod) -> None:
+        super().__init__()
+        self.down = init.zeros(method.rank, site.in_features)
+        self.up = init.normal(site.out_features, method.rank)
+        self.scale, self.output_scale = method.scale, site.output_scale
+        self.padding: int | None = site.module.padding_idx  # type: ignore[assignment]
+
+    def forward(self, x: Tensor, y: Tensor, at: At) -> Tensor:
+        """Return Δy (*, d) of token ids x (*)."""
+        rows = F.embedding(x, self.down.T, self.padding)
+        return F.linear(rows * (self.scale * self.output_scale), self.up).to(y.dtype)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return E + s (B A)ᵀ for the table E (V, d)."""
+        return weight + self.scale * (self.up.to(weight.dtype) @ self.down.to(weight.dtype)).T, bias
+
+
+@dataclass(frozen=True)
+class LoRA(LowRankMethod):
+    """A trainable low-rank matrix beside each frozen weight.
+
+        y = x Wᵀ + b + s·(drop(x) Aᵀ) Bᵀ,   A (r, in), B (out, r)
+
+    s = alpha / rank; with scaling="rsqrt" alpha / √rank (rsLoRA, arXiv 2312.03732). Linear layers
+    and Conv1D: A Kaiming-uniform (a=√5), or N(0, 1/r²) with init="gaussian"; B = 0. A role that is a
+    slice of a fused projection has factors of its own. Embeddings: e(t) + s·A[:, t] Bᵀ with
+    A (r, V) = 0 and B (d, r) ~ N(0, 1), no dropout, the padding row untouched.
+
+    Parameters: r·(in + out) per layer; r·(V + d) per embedding. arXiv 2106.09685,
+    microsoft/LoRA and huggingface/peft. Left out: convolutions; a bias in B. Parameters are of the
+    base's dtype (peft: float32).
+    """
+
+    id: ClassVar[str] = "lora"
+    paper: ClassVar[str] = "2106.09685"
+    accepts: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "embedding"})
+    default_targets: ClassVar[tuple[str, ...]] = ("query", "value")
+    lr: ClassVar[float] = 2e-3
+
+    def delta(self, site: Site, init: Init) -> OutputDelta:
+        if site.kind == "embedding":
+            assert isinstance(site, ModuleSite)
+            return LowRankEmbedding(site, init, self)
+        return LowRankLinear(site, init, self)

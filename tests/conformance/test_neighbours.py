@@ -1,0 +1,28 @@
+"""The kit's own small methods keep every rule: one class for each face of the contract."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from inlay.testing import Joined, MethodConformance
+from inlay.testing import neighbours as kit
+
+EXCUSED = {"R25": "the kit's methods live beside Hypothesis strategies", "R26": "they come from no paper"}
+
+
+def held(joined: Joined) -> type[MethodConformance]:
+    """Return a test class that holds one of the kit's methods to the rules."""
+    names = ("configurations", "families", "targets", "by_layer", "start_tolerance", "merges")
+    declared: dict[str, Any] = {name: getattr(joined, name) for name in names}
+    declared |= {"method": joined.kind, "excused": EXCUSED, "parameters": staticmethod(joined.parameters)}
+    return type(f"Test{joined.kind.__name__}", (MethodConformance,), declared)
+
+
+TestLowRank = held(kit.LOW_RANK)
+TestGain = held(kit.GAIN)
+TestBend = held(kit.BEND)
+TestBlock = held(kit.BLOCK)
+TestShift = held(kit.SHIFT)
+TestColumns = held(kit.COLUMNS)
+TestRows = held(kit.ROWS)
+TestHead = held(kit.HEAD)

@@ -1,0 +1,71 @@
+"""Every Python code block of the README and the docs runs, page by page, as a reader would type it."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from inlay.registry import registry
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*/*/README.md"))]
+BLOCK = re.compile(r"^( *)```(\S*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+LANGUAGES = {"python", "bash", "text", "json", "toml", ""}
+
+
+def blocks(page: Path) -> list[tuple[int, str, str]]:
+    """Return (first line, language, text) of a page's code blocks."""
+    text = page.read_text()
+    return [(text.count("\n", 0, m.start()) + 2, m[2], m[3]) for m in BLOCK.finditer(text)]
+
+
+@pytest.fixture
+def clean_registry() -> Iterator[None]:
+    """Forget the methods a page registers."""
+    before = dict(registry._local)
+    yield
+    registry._local.clear()
+    registry._local.update(before)
+
+
+@pytest.mark.usefixtures("clean_registry")
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = types.ModuleType("page_of_the_docs")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    torch.manual_seed(0)
+    for line, language, text in blocks(page):
+        if language == "python":
+            padded = "\n" * (line - 1) + text
+            exec(compile(padded, str(page), "exec"), module.__dict__)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_blocks_have_a_language_that_is_known_and_links_lead_somewhere(page: Path) -> None:
+    assert {language for _, language, _ in blocks(page)} <= LANGUAGES
+    broken = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
+    assert broken == []
+
+
+def test_the_pages_have_code_to_run() -> None:
+    found = {str(p.relative_to(ROOT)): sum(lang == "python" for _, lang, _ in blocks(p)) for p in PAGES}
+    for page in ("README.md", "docs/architecture.md", "docs/composing.md", "docs/checkpoint.md"):
+        assert found[page] >= 1, page
+    assert found["docs/hooks.md"] >= 12
+    assert found["docs/write-a-method.md"] >= 1
+
+
+def test_the_readme_is_as_short_as_it_says() -> None:
+    """Five lines on what it is, and an example of 15 lines or fewer."""
+    text = (ROOT / "README.md").read_text()
+    intro = text.split("\n## ")[0].split("\n", 1)[1].strip().splitlines()
+    assert len([line for line in intro if line]) <= 5
+    example = next(text for _, language, text in blocks(ROOT / "README.md") if language == "python")
+    assert len([line for line in example.splitlines() if line.strip()]) <= 15
