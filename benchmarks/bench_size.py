@@ -5,9 +5,10 @@ Goals: core ≤ 3,000 lines of code, a method ≤ 80; see `counting.py` for what
 
 from __future__ import annotations
 
-import inlay
 from common import ROOT, report
 from counting import code_lines, method_lines
+
+import inlay
 
 CORE, METHOD = 3000, 80
 
@@ -19,12 +20,15 @@ def main() -> None:
     kit = sum(lines for path, lines in files.items() if "/testing/" in path)
     rows = [_row("core", total, CORE), _row("core without inlay.testing", total - kit, CORE)]
     offers = {name: origin.value for name, origin in inlay.methods().items()}
-    rows += [_row(name, lines, METHOD) for name, lines in sorted(method_lines(offers).items())]
+    counted = method_lines(offers)
+    rows += [_row(name, lines, METHOD) for name, lines in sorted(counted.items()) if name in offers]
+    rows += [_row(name, lines, None) for name, lines in sorted(counted.items()) if name not in offers]
     report("size", rows, files=files)
 
 
-def _row(what: str, lines: int, goal: int) -> dict[str, object]:
-    return {"what": what, "lines": lines, "goal": goal, "kept": lines <= goal}
+def _row(what: str, lines: int, goal: int | None) -> dict[str, object]:
+    kept: object = "" if goal is None else lines <= goal
+    return {"what": what, "lines": lines, "goal": "" if goal is None else goal, "kept": kept}
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ class Adapter:
         self.data: dict[str, Any] = copy.deepcopy(dict(data or {}))
         self.calibration: dict[str, Tensor] = dict(calibration or {})
         self.children: dict[str, Adapter] = {}
+        self.fused: list[Adapter] = []
         self._find = find
 
     def place(self, site: Site, delta: Delta) -> Delta:
@@ -98,7 +99,9 @@ class Adapter:
             raise AttachError(
                 "other adapters cannot be reached here", saw=repr(name), do="look them up in inject"
             )
-        return self._find(name)
+        found = self._find(name)
+        self.fused.append(found)
+        return found
 
     def at(self, site: Site) -> list[Delta]:
         """Return the deltas placed on `site`."""
@@ -200,11 +203,11 @@ class Init:
         if self.device.type == "meta":
             with torch.device("meta"):
                 return build().to(dtype=self.dtype)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._seed)
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(self._seed)
             return build().to(device=self.device, dtype=self.dtype)
 
     def _drawn(self, shape: tuple[int, ...], draw: Callable[[Tensor], Tensor]) -> nn.Parameter:
         if self.device.type == "meta":
             return nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta"))
-        return nn.Parameter(draw(torch.empty(shape)).to(device=self.device, dtype=self.dtype))
+        return nn.Parameter(draw(torch.empty(shape, device="cpu")).to(device=self.device, dtype=self.dtype))

@@ -9,9 +9,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
+from inlay.hosts import Deltas
 from inlay.sites import AttentionSite, BlockSite, ModuleSite, SequenceSite, SublayerSite, Tap
 
 ALIASES = {
@@ -45,7 +47,7 @@ class Anatomy:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.modules: dict[str, nn.Module] = dict(model.named_modules())
+        self.modules: dict[str, nn.Module] = _base_modules(model)
         self.names: dict[nn.Module, str] = {module: name for name, module in self.modules.items()}
         self.blocks = self._find_blocks()
         self._inside = {id(m): block for block in self.blocks for m in block.module.modules()}
@@ -94,7 +96,7 @@ class Anatomy:
     def parameters_under(self, module: nn.Module) -> list[ModuleSite]:
         """Return sites covering every parameter below `module`: leaf layers, and bare tensors."""
         found: list[ModuleSite] = []
-        for child in module.modules():
+        for child in (m for m in module.modules() if m in self.names):
             name, block = self.names[child], self._inside.get(id(child))
             layer, side = (block.layer, block.side) if block else (None, "")
             own = [n for n, _ in child.named_parameters(recurse=False)]
@@ -193,7 +195,8 @@ class Anatomy:
         found: list[nn.Module] = []
         if prefix and isinstance(getattr(model, prefix, None), nn.Module):
             found = [m for n, m in model.named_children() if n != prefix]
-        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        getter: Any = getattr(model, "get_output_embeddings", None)
+        output = None if getter is None else getter()
         return found + ([output] if output is not None and output not in found else [])
 
     def _embedding(self) -> nn.Module | None:
@@ -204,12 +207,12 @@ class Anatomy:
         return found if isinstance(found, nn.Embedding) else None
 
     def _called_embeddings(self) -> list[nn.Module]:
-        """Return the token embeddings that run. T5 keeps one beside those of its two stacks, tied, uncalled."""
+        """Return the token embeddings that run. T5 keeps one beside its two stacks', tied, uncalled."""
         embedding = self._embedding()
         if embedding is None:
             return []
-        tied = [m for m in self.modules.values()
-                if isinstance(m, nn.Embedding) and m is not embedding and m.weight is embedding.weight]  # fmt: skip
+        others = [m for m in self.modules.values() if isinstance(m, nn.Embedding) and m is not embedding]
+        tied: list[nn.Module] = [m for m in others if m.weight is embedding.weight]
         return tied or [embedding]
 
     # -- sublayers and attention -----------------------------------------------------------------
@@ -245,9 +248,9 @@ class Anatomy:
             yield self._post_norm(block, role, beside, Tap(module, 0, "hidden_states"), features, cross)
             return
         residual = Tap(norm, 0, "input") if norm is not None else None
-        owner = module
-        if parent is not block.module and isinstance(getattr(parent, "dropout", None), nn.Module):
-            residual, owner = Tap(parent, 0, "hidden_states"), parent.dropout
+        owner, dropout = module, getattr(parent, "dropout", None)
+        if parent is not block.module and isinstance(dropout, nn.Module):
+            residual, owner = Tap(parent, 0, "hidden_states"), dropout
         yield SublayerSite(
             name=f"{block.name}.{role}", module=owner, role=role, layer=block.layer, side=block.side,
             cross=cross, features=features, x=Tap(module, 0, "hidden_states"), residual=residual,
@@ -258,8 +261,9 @@ class Anatomy:
     ) -> SublayerSite:
         norm = next(m for m in output.children() if layer_kind(m) == "norm")
         return SublayerSite(
-            name=f"{block.name}.{role}", module=output.dropout, role=role, layer=block.layer, side=block.side,
-            cross=cross, features=features, x=x, residual=Tap(output, 1, "input_tensor"), norm=norm,
+            name=f"{block.name}.{role}", module=output.get_submodule("dropout"), role=role, layer=block.layer,
+            side=block.side, cross=cross, features=features, x=x, residual=Tap(output, 1, "input_tensor"),
+            norm=norm,
         )  # fmt: skip
 
     def _features_read(self, name: str, block: Block) -> int:
@@ -291,6 +295,12 @@ class Anatomy:
             features=query.in_features, heads=query.out_features // dim,
             kv_heads=key.out_features // dim, head_dim=dim,
         )  # fmt: skip
+
+
+def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules by path, without those of adapters attached before."""
+    own = {id(m) for deltas in model.modules() if isinstance(deltas, Deltas) for m in deltas.modules()}
+    return {name: m for name, m in model.named_modules() if id(m) not in own}
 
 
 def uses_attention_interface(module: nn.Module) -> bool:
@@ -335,6 +345,6 @@ def _slices(module: nn.Module, roles: list[str]) -> Iterator[tuple[str, tuple[in
     if len(roles) == 1:
         yield roles[0], None
         return
-    width = module.weight.shape[1] // len(roles)  # type: ignore[union-attr,operator]
+    width = module.get_parameter("weight").shape[1] // len(roles)
     for i, role in enumerate(roles):
         yield role, (i * width, (i + 1) * width)

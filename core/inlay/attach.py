@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def attach(
     """
     state = start(model, name, "attach")
     resolved = resolve_stack(model, with_trained(Stack.of(what), train))
-    seed = int(torch.randint(2**31, ()).item()) if seed is None else seed
+    seed = int(torch.randint(2**31, (), device="cpu").item()) if seed is None else seed
     if not isinstance(seed, int) or not 0 <= seed < 2**53:
         raise ConfigError("this cannot be a seed", saw=f"seed={shown(seed)}", do="give an integer from 0 on")
     built = build(state, name, resolved, seed=seed, data=data)
@@ -69,12 +70,25 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     """
     state = need_state(model)
     going = list(state.placed.values()) if name is None else state.find(name)
+    _refuse_if_used(state, going)
     check_can_leave(state.hosts)
     if state.merged_tensors:
         from inlay.merge import unmerge
 
         unmerge(model)
     remove(state, going)
+
+
+def _refuse_if_used(state: State, going: Sequence[Placed]) -> None:
+    adapters = [p.adapter for p in going]
+    for placed in state.placed.values():
+        used = [p.path for p in going for other in placed.adapter.fused if p.adapter is other]
+        if used and placed.adapter not in adapters:
+            raise AttachError(
+                f"{placed.path!r} computes with an adapter that would go",
+                saw=f"it uses {', '.join(map(repr, used))}",
+                do=f"detach {placed.adapter_name!r} first",
+            )
 
 
 def set_trainable(model: nn.Module, *names: str) -> None:
@@ -124,7 +138,7 @@ def refused_while_merged(state: State, verb: str) -> MergedError:
 def place(state: State, built: Sequence[Placed], *, activate: bool = True, trainable: bool = True) -> None:
     """Put built parts on the model. On any failure everything is undone in reverse order."""
     before = (dict(state.placed), state.active, state.next_id)
-    undo: list[Callable[[], Any]] = []
+    undo = ExitStack()
     needed = _needed(state, built)
     try:
         if not state.hosts:
@@ -140,8 +154,7 @@ def place(state: State, built: Sequence[Placed], *, activate: bool = True, train
         _check_running(state)
     except BaseException:
         state.placed, state.active, state.next_id = before
-        for step in reversed(undo):
-            step()
+        undo.close()
         if state.placed:
             state.activate()
             masks.apply(state)
@@ -205,7 +218,7 @@ def _needed(state: State, built: Sequence[Placed]) -> list[nn.Module]:
 
 def _make_class(module: nn.Module, name: str, *, scope: bool) -> None:
     try:
-        host_class(type(module), scope)
+        host_class(type(module), scope)  # type: ignore[arg-type]
     except Exception as error:
         raise AttachError(
             "a module's class cannot be subclassed, so nothing can be placed on it",
@@ -214,7 +227,7 @@ def _make_class(module: nn.Module, name: str, *, scope: bool) -> None:
         ) from error
 
 
-def _open(state: State, undo: list[Callable[[], Any]]) -> None:
+def _open(state: State, undo: ExitStack) -> None:
     """Make the root, and every transformers model inside it, scopes."""
     scopes = [
         (name, module)
@@ -226,28 +239,29 @@ def _open(state: State, undo: list[Callable[[], Any]]) -> None:
         _make_class(module, name, scope=True)
     state.requires_grad = masks.remember(state.model)
     state.checkpointed = [m for m in state.model.modules() if hasattr(m, "gradient_checkpointing")]
-    undo.append(lambda: masks.restore(state.model, state.requires_grad))
-    undo.append(lambda: unbind_checkpointing(state.checkpointed))
+    undo.callback(masks.restore, state.model, state.requires_grad)
+    undo.callback(unbind_checkpointing, state.checkpointed)
     for name, module in scopes:
         _enter(state, name, module, undo, scope=True)
         module.__dict__["_inlay_state"] = state
-        undo.append(lambda module=module: module.__dict__.pop("_inlay_state", None))
+        undo.callback(module.__dict__.pop, "_inlay_state", None)
 
 
-def _enter_all(state: State, modules: Sequence[nn.Module], undo: list[Callable[[], Any]]) -> None:
+def _enter_all(state: State, modules: Sequence[nn.Module], undo: ExitStack) -> None:
     names = {id(m): n for n, m in state.model.named_modules()}
     for module in modules:
         if not isinstance(module, Host):
             _enter(state, names[id(module)], module, undo, scope=False)
 
 
-def _enter(state: State, name: str, module: nn.Module, undo: list[Callable[[], Any]], *, scope: bool) -> None:
+def _enter(state: State, name: str, module: nn.Module, undo: ExitStack, *, scope: bool) -> None:
     enter(module, Port(state.slot, len(state.hosts)), scope=scope)
     state.hosts.append((name, module))
-    undo.append(lambda: (state.hosts.remove((name, module)), leave(module)))
+    undo.callback(state.hosts.remove, (name, module))
+    undo.callback(leave, module)
 
 
-def _register(state: State, placed: Placed, undo: list[Callable[[], Any]]) -> None:
+def _register(state: State, placed: Placed, undo: ExitStack) -> None:
     """Make the part's modules children of the modules they act on, and open its attention and block ports."""
     for site, delta in placed.adapter.placed:
         owner = state.model if isinstance(site, SequenceSite) else site.module
@@ -258,31 +272,31 @@ def _register(state: State, placed: Placed, undo: list[Callable[[], Any]]) -> No
                 port = AttentionPort(state.slot, len(state.attention_ports), inner)
                 attention.enter(port)
                 state.attention_ports.append(port)
-                undo.append(lambda port=port: (state.attention_ports.remove(port), attention.leave(port)))
+                undo.callback(state.attention_ports.remove, port)
+                undo.callback(attention.leave, port)
             elif isinstance(inner, BlockSite) and not any(
                 p.site.module is inner.module for p in state.block_ports
             ):
                 block = BlockPort(state.slot, len(state.block_ports), inner)
                 block.enter()
                 state.block_ports.append(block)
-                undo.append(lambda block=block: (state.block_ports.remove(block), block.leave()))
+                undo.callback(state.block_ports.remove, block)
+                undo.callback(block.leave)
     if placed.adapter.shared:
         _adopt(state, state.model, f"{placed.id}_shared", placed.adapter.shared, undo)
         placed.adapter.shared.train(state.model.training)
 
 
-def _adopt(
-    state: State, owner: nn.Module, key: str, module: nn.Module, undo: list[Callable[[], Any]]
-) -> None:
+def _adopt(state: State, owner: nn.Module, key: str, module: nn.Module, undo: ExitStack) -> None:
     if CHILD not in owner._modules:
         if hasattr(owner, CHILD):
             check_can_host(owner, type(owner).__name__)
-        owner._modules[CHILD] = Deltas()
-        undo.append(lambda: owner._modules.pop(CHILD, None))
+        owner._modules[CHILD] = Deltas().train(owner.training)
+        undo.callback(owner._modules.pop, CHILD, None)
     container: Any = owner._modules[CHILD]
     if key not in container:
-        container[key] = nn.ModuleList()
-        undo.append(lambda: container.pop(key) if key in container else None)
+        container[key] = nn.ModuleList().train(owner.training)
+        undo.callback(container._modules.pop, key, None)
     container[key].append(module)
 
 
@@ -309,7 +323,7 @@ def _prune(state: State) -> None:
             leave(module)
     state.hosts = kept
     for index, (_, module) in enumerate(kept):
-        module._inlay_port.index = index  # type: ignore[union-attr]
+        module.__dict__["_inlay_port"].index = index
     prompted = {id(s.module) for _, site, _ in plan.sequence for s in getattr(site, "attentions", ())}
     for port in [p for p in state.attention_ports if id(p.site.module) not in used | prompted]:
         attention.leave(port)

@@ -88,7 +88,7 @@ def load(
         raise CheckpointError(
             "this is not the checkpoint you expected",
             saw=f"digest {content['digest']!a}",
-            do=f"you expected {ascii(shown(expected_digest))}; get the checkpoint from its author",
+            do=f"you expected {shown(expected_digest)!a}; get the checkpoint from its author",
         )
     entries = content["parts"]
     stack = Stack(tuple(_part(entry, allow) for entry in entries))
@@ -259,8 +259,9 @@ class _Source:
         keys: Mapping[str, str],
     ) -> None:
         self.state, self.file, self.part, self.sites, self.entry = state, file, part, sites, entry
-        self.calibration = {k.removeprefix(CALIBRATION): v for k, v in keys.items() if k.startswith(CALIBRATION)}
-        self.keys = {k: v for k, v in keys.items() if not k.startswith(CALIBRATION)}
+        measured = {k for k in keys if k.startswith(CALIBRATION)}
+        self.calibration = {k.removeprefix(CALIBRATION): keys[k] for k in measured}
+        self.keys = {k: v for k, v in keys.items() if k not in measured}
         self.values: dict[str, Tensor] = {}
 
     def check(self) -> None:

@@ -110,14 +110,14 @@ class Call:
         return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def task_ids(self, known: int) -> tuple[Tensor, Tensor]:
-        """Return the distinct tasks of this batch, and which of them each row has; raise if none were given."""
+        """Return this batch's distinct tasks, and each row's place among them; raise if none were given."""
         if self.tasks is None or self.tasks.min() < 0 or self.tasks.max() >= known:
             raise RoutingError(
                 "the adapter needs to know each row's task",
                 saw=f"tasks={None if self.tasks is None else self.tasks.tolist()}; it knows 0 to {known - 1}",
                 do="call the model inside inlay.route(model, name, tasks=[...])",
             )
-        distinct, which = self.tasks.unique(return_inverse=True)
+        distinct, which = torch.unique(self.tasks, return_inverse=True)
         return distinct, which
 
     @property
@@ -221,11 +221,14 @@ class At:
     def real(self, x: Tensor) -> Tensor | None:
         """Return which tokens of x (rows, T, d) are real (rows, T), or None if the caller did not say.
 
-        Knows the encoder's tokens from the decoder's, and a decode step's from those in the cache.
+        Knows the encoder's tokens (which cross-attention's keys and values read, too) from the
+        decoder's, and a decode step's from those in the cache.
         """
         if self.slot.call is None:
             return None
-        mask = self.slot.call.real(x.shape[1], decoder=self.site.side == "decoder")
+        site = self.site
+        encoded = site.cross and site.role in ("key", "value")
+        mask = self.slot.call.real(x.shape[1], decoder=site.side == "decoder" and not encoded)
         return mask if mask is None or mask.shape[0] == 1 else self.own(mask)
 
     @property
@@ -331,14 +334,13 @@ class Bound:
             return function(*args)
         if self.reentrant and args and isinstance(args[0], Tensor) and torch.is_grad_enabled():
             call, args = _with_leaves(call, args)
-        bound = function if call is None else InCall(function, self.slot, call)
-        return self.checkpoint(bound, *args, **kwargs)
+        return self.checkpoint(InCall(function, self.slot, call), *args, **kwargs)
 
 
 class InCall:
-    """`function`, run under `call` in whatever thread it runs."""
+    """`function`, run under `call` (None: the active adapters) in whatever thread and choice it runs."""
 
-    def __init__(self, function: Callable[..., Any], slot: Slot, call: Call) -> None:
+    def __init__(self, function: Callable[..., Any], slot: Slot, call: Call | None) -> None:
         self.function, self.slot, self.call = function, slot, call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -347,6 +349,8 @@ class InCall:
             return self.function(*args, **kwargs)
         finally:
             self.slot.call = before
+            if before is None:  # a backward pass computed a block again; nothing else lets go of its taps
+                self.slot.taps.clear()
 
 
 def _with_leaves(call: Call | None, args: tuple[Any, ...]) -> tuple[Call | None, tuple[Any, ...]]:
@@ -368,7 +372,7 @@ def _with_leaves(call: Call | None, args: tuple[Any, ...]) -> tuple[Call | None,
 
     inner = call.with_prepared({k: {n: leaf(t) for n, t in v.items()} for k, v in call.prepared.items()})
     leaves = [leaf for _, leaf in pairs]
-    hidden = _Collect.apply(hidden, leaves, *(tensor for tensor, _ in pairs))
+    hidden = _Collect.apply(hidden, leaves, *(tensor for tensor, _ in pairs))  # type: ignore[no-untyped-call]
     return inner, (hidden if hidden.requires_grad else hidden.detach().requires_grad_(), *rest)
 
 

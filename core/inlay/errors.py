@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-
 MAX_WORD = 200  # comparing words takes time quadratic in their length
 
 
@@ -75,7 +74,9 @@ def shown(value: object, most: int = MAX_WORD) -> str:
 def near(word: object, known: Iterable[str], count: int = 3) -> str:
     """Return "did you mean …?" for the nearest of `known`, or the first few of them."""
     words = sorted(set(known))
-    matches = difflib.get_close_matches(shown(word).strip("'"), words, n=count, cutoff=0.5)
+    text = shown(word).strip("'")
+    matches = difflib.get_close_matches(text, words, n=count, cutoff=0.5)
+    matches.sort(key=lambda m: m.lower() != text.lower())
     if matches:
         return "did you mean " + " or ".join(repr(m) for m in matches) + "?"
     listed = ", ".join(repr(w) for w in words[:12]) + (", …" if len(words) > 12 else "")

@@ -82,7 +82,8 @@ def host_class(base: type[nn.Module], scope: bool = False) -> type[nn.Module]:
         namespace["forward"] = _same_signature(Scope.forward, base)
     if issubclass(base, nn.Sequential | nn.ModuleList):
         namespace |= {"__iter__": _iter_without_deltas, "__len__": _len_without_deltas}
-    return type(base)(base.__name__, bases, namespace)
+    made: type[nn.Module] = type(base)(base.__name__, bases, namespace)  # type: ignore[misc]
+    return made
 
 
 def _iter_without_deltas(self: nn.Module) -> Iterator[nn.Module]:
@@ -110,7 +111,7 @@ def _is_scope(kind: type) -> bool:
 
 
 def _rebuild(base: type[nn.Module], scope: bool) -> nn.Module:
-    kind = host_class(base, scope)
+    kind = host_class(base, scope)  # type: ignore[arg-type]
     return kind.__new__(kind)
 
 
@@ -140,7 +141,7 @@ def check_can_host(module: nn.Module, name: str) -> None:
 def enter(module: nn.Module, port: Port, *, scope: bool = False) -> None:
     """Make `module` a host. The class must have been made before (see `host_class`)."""
     base = type(module)
-    object.__setattr__(module, "__class__", host_class(base, scope))
+    object.__setattr__(module, "__class__", host_class(base, scope))  # type: ignore[arg-type]
     module.__dict__["_inlay_port"] = port
     _redirect_instance_forward(module, type(module))
 

@@ -54,7 +54,7 @@ def _facts(model: nn.Module, left_out: Iterable[str]) -> dict[str, Any]:
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     values = config.to_dict() if hasattr(config, "to_dict") else {}
     return {k: v for k, v in values.items() if k not in VOLATILE}
 

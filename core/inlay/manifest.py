@@ -45,7 +45,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if isinstance(manifest, dict) and manifest.get("format") != FORMAT:
         raise CheckpointError(
             "this checkpoint has a format this version does not read",
-            saw=f"format {ascii(shown(manifest.get('format')))}, this inlay reads {FORMAT}",
+            saw=f"format {shown(manifest.get('format'))!a}, this inlay reads {FORMAT}",
             do="upgrade inlay",
         )
     _check_content(manifest)
@@ -157,4 +157,5 @@ def _check_shape(value: Any, shape: Mapping[str, Any], what: str) -> None:
         raise damaged(f"{what} does not have the keys {sorted(shape)} but {ascii(got)[:300]}")
     for key, kind in shape.items():
         if not isinstance(value[key], kind) or isinstance(value[key], bool):
-            raise damaged(f"{what}: {key} is a {type(value[key]).__name__}, not a {getattr(kind, '__name__', 'str')}")
+            wanted = getattr(kind, "__name__", "str")
+            raise damaged(f"{what}: {key} is a {type(value[key]).__name__}, not a {wanted}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from inlay.attach import refused_while_merged, remove
 from inlay.compile import Entry, members_of
 from inlay.delta import Fold
-from inlay.errors import CannotMerge, MergedError, StateError
+from inlay.errors import CannotMerge, ConfigError, MergedError, RegistryError, StateError, shown
 from inlay.masks import apply as apply_masks
 from inlay.programs import Program
 from inlay.registry import registry
@@ -68,6 +69,12 @@ def merge(
     is quantised, or a site's measured error is above `tolerance` of the effect.
     """
     state = need_state(model)
+    if not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
+        raise ConfigError(
+            "this cannot be a tolerance",
+            saw=f"tolerance={shown(tolerance)}",
+            do="give a share of the effect, such as 1e-3",
+        )
     if any(p.merged for p in state.placed.values()):
         raise refused_while_merged(state, "merge")
     chosen = _chosen(state, parts)
@@ -187,10 +194,27 @@ def _folded(
     done: set[int] = set()
     for placed, site, _ in here:
         if placed.id not in done:
-            fold = next(f for s, f in folds[placed.id].items() if s.name == site.name)
-            weight, bias = fold(weight, bias)
+            fold = next((f for s, f in folds[placed.id].items() if s.name == site.name), None)
+            answer = None if fold is None else fold(weight, bias)
+            if answer is None or not _alike(answer, (weight, bias)):
+                raise RegistryError(
+                    f"the fold of {placed.method.id!r} does not give a weight and bias of the layer's shape",
+                    saw=f"at {site.name}: {'no fold' if fold is None else shown(answer)}",
+                    do="answer merge with a fold (weight, bias) -> (weight, bias) for every site",
+                )
+            weight, bias = answer
             done.add(placed.id)
     return weight, bias
+
+
+def _alike(answer: Any, tensors: tuple[Tensor, Tensor | None]) -> bool:
+    """Whether a fold's answer can stand for (weight, bias); a bias may be new."""
+    if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[0], Tensor):
+        return False
+    weight, bias = answer
+    if tensors[1] is None:
+        return weight.shape == tensors[0].shape and (bias is None or bias.dim() == 1)
+    return weight.shape == tensors[0].shape and bias is not None and bias.shape == tensors[1].shape
 
 
 def _measured(
@@ -199,7 +223,7 @@ def _measured(
     base: tuple[Tensor, Tensor | None],
     folded: tuple[Tensor, Tensor | None],
 ) -> float | None:
-    """Return ‖folded(x) − adapted(x)‖ / ‖adapted(x) − base(x)‖ on probes; deltas compute in their own dtype."""
+    """Return ‖folded(x) − adapted(x)‖ / ‖adapted(x) − base(x)‖ on probes; deltas in their own dtype."""
     site = here[0][1]
     assert isinstance(site, ModuleSite)
     if not site.is_linear or any(d.face == "weight" for _, _, d in here):
@@ -222,7 +246,7 @@ def _measured(
         for delta, mode in zip(deltas, modes, strict=True):
             delta.train(mode)
     effect = (adapted - plain).norm()
-    return float((_linear(probe, folded) - adapted).norm() / effect) if effect > 0 else 0.0
+    return 0.0 if effect == 0 else float((_linear(probe, folded) - adapted).norm() / effect)
 
 
 def _linear(x: Tensor, tensors: tuple[Tensor, Tensor | None]) -> Tensor:
@@ -243,7 +267,7 @@ def _check_result(
         )
     # A delta that computes in bfloat16 differs from its float32 fold by its own rounding.
     most = max(most, 8 * torch.finfo(site.reference.dtype).eps)
-    if error is not None and error > most:
+    if error is not None and not error <= most:
         raise CannotMerge(
             "the folded layer does not do what the adapted one does",
             saw=f"{names} at {site.name}: error {error:.1e} of the effect, tolerance {most:.1e}",
@@ -279,9 +303,10 @@ def _shared_with(state: State, site: ModuleSite, weight: Tensor) -> str:
     storage = weight.untyped_storage().data_ptr()
     for name, parameter in state.model.named_parameters(remove_duplicate=False):
         owner = state.model.get_submodule(name.rpartition(".")[0])
-        if owner is not site.module and parameter.device.type != "meta":
-            if parameter.untyped_storage().data_ptr() == storage != 0:
-                return f"its storage is tied to {name}; untie them, or keep it attached"
+        if owner is site.module or parameter.device.type == "meta":
+            continue
+        if parameter.untyped_storage().data_ptr() == storage != 0:
+            return f"its storage is tied to {name}; untie them, or keep it attached"
     return ""
 
 

@@ -89,7 +89,7 @@ class Program:
             seen.append(x)
             if member.delta.face == "input":
                 x = x + member.delta(x, member.at)
-        y = base(x)
+        y: Tensor = base(x)
         for member, x in zip(self.members, reversed(seen), strict=True):
             if member.delta.face != "input":
                 y = member(x, y)
@@ -118,7 +118,7 @@ class Overlay(Program):
 
     def __call__(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shadow = self.shadow(module)
-        kind = module._inlay_base  # type: ignore[union-attr]
+        kind: Any = module._inlay_base
         if not self.members:
             return kind.forward(shadow, *args, **kwargs)
         x, args, kwargs = take_first(args, kwargs)
@@ -129,7 +129,7 @@ class Overlay(Program):
         tensors: dict[str, Tensor | None] = dict(module._parameters)
         for level in self.levels:
             tensors.update(as_stored(level.site, *level.tensors()))
-        kind = module._inlay_base  # type: ignore[union-attr]
+        kind: Any = module._inlay_base
         shadow: nn.Module = object.__new__(kind)
         shadow.__dict__ = {**module.__dict__, "_parameters": tensors}
         return shadow

@@ -10,7 +10,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -18,15 +18,14 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import pluggy
-from torch import Tensor
 
 from inlay import hookspecs
+from inlay.contract import HOOKS, check_observer, marked_in, miswritten, wrong_answer
 from inlay.errors import RegistryError, near, shown
 from inlay.method import Method
 from inlay.settings import from_plain
 
 GROUP, OBSERVERS = "inlay.methods", "inlay.observers"
-HOOKS = tuple(name for name, f in vars(hookspecs).items() if hasattr(f, "inlay_spec"))
 
 
 @dataclass(frozen=True)
@@ -98,11 +97,11 @@ class Registry:
     def register(self, kind: type[Method]) -> type[Method]:
         """Offer a method class defined in this process; for notebooks and tests. Usable as decorator."""
         self._adopt(kind)
-        own = f"{kind.__module__}:{kind.__qualname__}"
-        if others := [o for o in self.origins().get(kind.id, []) if o.value != own]:
+        own = self.origin(kind)
+        if others := [o for o in self.origins().get(kind.id, []) if o != own]:
             raise RegistryError(
                 f"an installed package already offers a method {kind.id!r}",
-                saw=f"{others[0].distribution} {others[0].version} offers it, and {own} would hide it",
+                saw=f"{others[0].distribution} {others[0].version} offers it, and {own.value} would hide it",
                 do="give your class another id",
             )
         self._local[kind.id] = kind
@@ -114,7 +113,7 @@ class Registry:
 
     def origin(self, kind: type[Method]) -> Origin:
         """Return where a method class comes from."""
-        return _origin_of(kind.id, f"{kind.__module__}:{kind.__qualname__}")
+        return _origin_of(kind)  # type: ignore[arg-type]
 
     # -- calls -----------------------------------------------------------------------------------
 
@@ -152,7 +151,7 @@ class Registry:
         """Let `observers` (objects with hook wrappers, or names of `inlay.observers`) wrap every hook."""
         loaded = [_load_observer(o) if isinstance(o, str) else o for o in observers]
         for observer in loaded:
-            _check_observer(observer, self._manager)
+            check_observer(observer, self._manager)
         for observer in loaded:
             self._manager.register(observer)
         try:
@@ -166,7 +165,7 @@ class Registry:
         if not self._lasting:
             named = [n.strip() for n in os.environ.get("INLAY_OBSERVERS", "").split(",") if n.strip()]
             for observer in [_load_observer(n) for n in dict.fromkeys(named)]:
-                _check_observer(observer, self._manager)
+                check_observer(observer, self._manager)
                 self._manager.register(observer)
             self._lasting = True
 
@@ -195,11 +194,7 @@ class Registry:
         if kind not in self._adopted:
             self.check(kind)
             plugin = _Plugin(kind)
-            try:
-                self._manager.register(plugin)
-            except pluggy.PluginValidationError as error:
-                self._manager.unregister(plugin)
-                raise self._rejected(kind, str(error)) from error
+            self._manager.register(plugin)
             self._adopted[kind] = plugin
         return self._adopted[kind]
 
@@ -213,8 +208,8 @@ class Registry:
                 saw=f"id = {shown(getattr(kind, 'id', None))}",
                 do='give it a class attribute: id: ClassVar[str] = "…"',
             )
-        marked = _marked(kind)
-        if wrong := _miswritten(marked):
+        marked = marked_in(kind)
+        if wrong := miswritten(marked):
             raise self._rejected(kind, wrong)
         if kind.prepares is True and "prepare" not in marked:
             raise self._rejected(kind, "prepares is true, but there is no prepare hook")
@@ -239,43 +234,7 @@ class _Plugin:
     """A method class as pluggy wants it: one plugin object whose attributes are hook functions."""
 
     def __init__(self, kind: type[Method]) -> None:
-        self.__dict__.update(_marked(kind))
-
-
-def _marked(plugin: Any) -> dict[str, Any]:
-    """Return the functions of a class or object that are marked as hooks."""
-    return {n: f for n, f in inspect.getmembers(plugin, inspect.isroutine) if hasattr(f, "inlay_impl")}
-
-
-def _miswritten(marked: dict[str, Any]) -> str:
-    """Say which marked function pluggy would not call, or not fill; "" if none."""
-    for name, function in marked.items():
-        if name not in HOOKS:
-            return f"{name!r} is not a hook; {near(name, HOOKS)}"
-        for parameter in inspect.signature(function).parameters.values():
-            if parameter.default is not parameter.empty or parameter.kind is parameter.KEYWORD_ONLY:
-                return f"{name}({parameter}) has a default or is keyword-only, so it would not be filled"
-            if parameter.name == "self":
-                return f"{name} takes self, but a hook is a static method"
-    return ""
-
-
-def wrong_answer(hook: str, answer: Any) -> str:
-    """Say in words how an answer is not of the type the contract names; "" if it is."""
-    from inlay.training import Group, Stage
-
-    tensors = (Mapping, Tensor)
-    kinds = {
-        "trainable_mask": (Mapping, bool), "merge": (Mapping, Callable), "state_dict": tensors,
-        "migrate": tensors, "calibrate": tensors, "prepare": tensors, "parameter_groups": (Sequence, Group),
-        "stages": (Sequence, Stage), "auxiliary_loss": (Tensor, object),
-    }  # fmt: skip
-    whole, item = kinds.get(hook, (object, object))
-    if not isinstance(answer, whole):
-        return f"a {type(answer).__name__}"
-    items = answer.values() if whole is Mapping else answer if whole is Sequence else ()
-    bad = next((i for i in items if not isinstance(i, item)), None)
-    return "" if bad is None else f"a {type(answer).__name__} holding a {type(bad).__name__}"
+        self.__dict__.update(marked_in(kind))
 
 
 def _load_observer(name: str) -> Any:
@@ -299,29 +258,13 @@ def _load_observer(name: str) -> Any:
         ) from error
 
 
-def _check_observer(observer: Any, manager: pluggy.PluginManager) -> None:
-    """Refuse an observer that would answer a hook in a method's place, or never be called."""
-    marked = _marked(observer)
-    answering = [n for n, f in marked.items() if not (f.inlay_impl["wrapper"] or f.inlay_impl["hookwrapper"])]
-    reason = _miswritten(marked)
-    if answering:
-        reason = f"{answering[0]} does not wrap: write @hookimpl(wrapper=True) and yield once"
-    elif not marked:
-        reason = "it wraps no hook"
-    elif manager.is_registered(observer):
-        reason = "it observes already"
-    if reason:
-        raise RegistryError(
-            "this cannot observe hooks", saw=f"{shown(observer)}: {reason}", do="see docs/hooks.md on observers"
-        )
-
-
 @cache
-def _origin_of(name: str, value: str) -> Origin:
-    for entry in entry_points(group=GROUP):
-        if entry.name == name and entry.value == value:
+def _origin_of(kind: type[Method]) -> Origin:
+    """Return the origin of the entry point that names this very class, or where the class was written."""
+    for entry in entry_points(group=GROUP, name=kind.id):
+        if getattr(sys.modules.get(entry.module), entry.attr, None) is kind:
             return _origin(entry)
-    return Origin(name, value.split(":")[0].split(".")[0], "", value)
+    return Origin(kind.id, kind.__module__.split(".")[0], "", f"{kind.__module__}:{kind.__qualname__}")
 
 
 def _origin(entry: EntryPoint) -> Origin:
@@ -346,7 +289,7 @@ def _package_of(name: str) -> str:
     return f"the inlay-* package that has {shown(name)} (see the table of methods in the docs)"
 
 
-def _print_call(hook_name: str, _impls: Any, arguments: dict[str, Any]) -> None:
+def _print_call(hook_name: str, _impls: Any, arguments: Any) -> None:
     method = arguments.get("method")
     print(f"inlay: {hook_name}({getattr(method, 'id', method)!r})", file=sys.stderr)
 

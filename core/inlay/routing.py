@@ -61,7 +61,7 @@ class route(use):  # noqa: N801 - a verb
                 do='give one entry per sample: a name, None, or a tuple of names, as in ["fr", None]',
             )
         ids = None if tasks is None else _ids(tasks, None if single else len(rows))
-        stacks = [_stack(state, _names(row)) for row in rows]
+        stacks = [_stack(state, _names(row)) for row in rows]  # type: ignore[arg-type]
         for stack in stacks:
             _refuse_without_merged(state, stack)
         distinct = tuple(sorted(set(stacks)))
@@ -72,7 +72,7 @@ class route(use):  # noqa: N801 - a verb
 
 
 def _ids(tasks: Sequence[int] | Tensor, rows: int | None) -> Tensor:
-    """Return the task ids as a tensor, if they are one integer per row (or for any batch, if `rows` is None)."""
+    """Return the task ids as a tensor, if they are one integer per row (`rows` None: any number)."""
     try:
         ids = torch.as_tensor(tasks)
     except (TypeError, ValueError, RuntimeError, OverflowError):

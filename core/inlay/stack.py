@@ -81,9 +81,9 @@ class Stack:
 
 def check_name(name: object, what: str) -> None:
     """Refuse names that are empty, too long, hold "/" or control characters."""
-    if isinstance(name, str) and 0 < len(name) <= MAX_NAME and "/" not in name:
-        if not any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in name):
-            return
+    fits = isinstance(name, str) and 0 < len(name) <= MAX_NAME and "/" not in name
+    if fits and not any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in str(name)):
+        return
     raise ConfigError(
         f"this cannot be the name of {'an' if what[0] in 'aeiou' else 'a'} {what}",
         saw=shown(name),
@@ -96,7 +96,7 @@ def parse(text: str) -> Stack:
     if len(text) > MAX_TEXT:
         raise _unreadable(text, f"{len(text):,} characters, at most {MAX_TEXT:,} are read")
     try:
-        return Stack(tuple(_parts(ast.parse(text, mode="eval").body, text)))
+        return Stack(tuple(_parts(ast.parse(text.strip(), mode="eval").body, text)))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise _unreadable(text, str(error)) from error
 
@@ -107,13 +107,13 @@ def _parts(node: ast.expr, text: str) -> Iterator[Part]:
         yield from _parts(node.right, text)
         return
     call = node
-    name: str | None = None
+    name: Any = ""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "named":
         if len(node.args) != 1 or node.keywords:
             raise _unreadable(text, "named() takes one name")
         name, call = _literal(node.args[0], text), node.func.value
     method = _method(call, text)
-    yield Part(method.id if name is None else name, method)
+    yield Part(method.id if call is node else name, method)
 
 
 def _method(node: ast.expr, text: str) -> Method:
@@ -140,7 +140,7 @@ def _literal(node: ast.expr, text: str) -> Any:
 def _unreadable(text: str, reason: str) -> ConfigError:
     return ConfigError(
         "the text does not describe a stack",
-        saw=f"{ascii(text[:MAX_NAME])}: {ascii(reason)[1 : MAX_NAME + 1]}",
+        saw=f"{text[:MAX_NAME]!a}: {ascii(reason)[1 : MAX_NAME + 1]}",
         do='write for example "lora(rank=8) + prefix_tuning(length=16)"',
     )
 
@@ -205,7 +205,9 @@ class State:
         if not parts:
             known = self.names + [p.path for p in self.placed.values()]
             raise StateError(
-                f"no adapter is called {shown(name)} here", saw=f"attached: {self.names}", do=near(name, known)
+                f"no adapter is called {shown(name)} here",
+                saw=f"attached: {self.names}",
+                do=near(name, known),
             )
         return parts
 
@@ -235,11 +237,12 @@ class State:
         from inlay.compile import compile_table
 
         key = (stacks, prompts)
-        if key not in self._tables:
+        table = self._tables.get(key)  # other threads add and drop entries meanwhile
+        if table is None:
             if len(self._tables) >= MAX_TABLES:
-                del self._tables[next(iter(self._tables))]
-            self._tables[key] = compile_table(self, stacks, prompts=prompts)
-        return self._tables[key]
+                self._tables.pop(list(self._tables)[0], None)  # noqa: RUF015 - list() cannot be interrupted
+            table = self._tables[key] = compile_table(self, stacks, prompts=prompts)
+        return table
 
     def default_call(self) -> Call:
         return Call(self.table, self.slot)

@@ -44,8 +44,8 @@ class Summary:
             state = "merged" if p.merged else "active" if p.active else "idle"
             merges = "merges" if p.mergeable else "does not merge"
             lines.append(
-                f"{p.path}: {p.method}, {p.sites} sites, {p.parameters:,} parameters ({p.trainable:,} learn), "
-                f"{p.bytes:,} bytes in {p.dtype}, {merges}, {state}"
+                f"{p.path}: {p.method}, {p.sites} sites, {p.parameters:,} parameters ({p.trainable:,} learn)"
+                f", {p.bytes:,} bytes in {p.dtype}, {merges}, {state}"
             )
         share = 100 * self.trainable / max(1, self.base_parameters)
         lines.append(

@@ -125,7 +125,7 @@ def _named(anatomy: Anatomy, method: Method, name: str) -> list[Site]:
     special = [*anatomy.attentions, *anatomy.sublayers, *anatomy.block_sites()]
     hits: list[Site] = [
         s for s in special
-        if s.kind in accepts and (s.module is module or getattr(getattr(s, "x", None), "module", None) is module)
+        if s.kind in accepts and module in (s.module, getattr(getattr(s, "x", None), "module", None))
     ]  # fmt: skip
     leaf = anatomy.leaf(name, module)
     if leaf is not None and leaf.kind in accepts:
@@ -147,7 +147,7 @@ def _in_layers(sites: list[Site], method: Method) -> list[Site]:
         return sites
     wanted = layer_numbers(method.layers)
     if not wanted:
-        raise TargetError(f"{method.id} has no layers", saw="layers=()", do="name blocks, or leave layers out")
+        raise TargetError(f"{method.id} has no layers", saw="layers=()", do="name some, or leave layers out")
     there = {s.layer for s in sites if s.layer is not None}
     missing = sorted(wanted - there)
     if missing:

@@ -106,7 +106,8 @@ def compare(part: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]
                 saw=f"{ascii(key)[:200]}: {list(found[key].shape)} in the file, {list(tensor.shape)} here",
                 do="load it onto the base and with the settings it was trained with",
             )
-        if tensor.dtype != found[key].dtype and not (tensor.is_floating_point() and found[key].is_floating_point()):
+        floats = tensor.is_floating_point() and found[key].is_floating_point()
+        if tensor.dtype != found[key].dtype and not floats:
             raise CheckpointError(
                 "a tensor of the checkpoint has the wrong dtype",
                 saw=f"{ascii(key)[:200]}: {found[key].dtype} in the file, {tensor.dtype} here",

@@ -46,6 +46,8 @@ def parameter_groups(model: nn.Module, lr: float | None = None) -> list[dict[str
     to any torch optimizer. Weight decay is left to the optimizer where a method does not set it.
     """
     state = need_state(model)
+    if any(p.merged for p in state.placed.values()):
+        raise refused_while_merged(state, "parameter_groups")
     groups: list[dict[str, Any]] = []
     for placed in state.placed.values():
         parameters = dict(placed.adapter.named_parameters())
@@ -157,7 +159,7 @@ def check_training(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
                 "build it from inlay.parameter_groups(model) after attaching")  # fmt: skip
     without = {id(p) for p in model.parameters() if p.requires_grad and p.grad is None}
     _refuse(names, without, "a trainable tensor got no gradient",
-            "call this after loss.backward(); is its adapter active, and its site on the loss's path?")  # fmt: skip
+            "call this after loss.backward(); is its adapter active, its site on the path?")  # fmt: skip
     with_grad = {id(p) for p in model.parameters() if p.grad is not None and not p.requires_grad}
     _refuse(names, with_grad, "a frozen tensor has a gradient", "clear stale gradients: model.zero_grad()")
 

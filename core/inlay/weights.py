@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,11 +27,12 @@ def wide(tensor: Tensor) -> Tensor:
 
 def stored(module: nn.Module, name: str) -> Tensor | None:
     """Return a module's tensor, through accelerate's weights map if it is offloaded."""
-    tensor = getattr(module, name, None)
+    tensor: Tensor | None = getattr(module, name, None)
     if tensor is None or tensor.device.type != "meta":
         return tensor
-    hook = getattr(module, "_hf_hook", None)
-    return tensor if hook is None or hook.weights_map is None else hook.weights_map[name]
+    hook: Any = getattr(module, "_hf_hook", None)
+    kept: Tensor = tensor if hook is None or hook.weights_map is None else hook.weights_map[name]
+    return kept
 
 
 def is_quantised(module: nn.Module) -> bool:
@@ -49,7 +49,7 @@ def read(site: ModuleSite) -> tuple[Tensor, Tensor | None]:
         raise AttributeError(f"{site.name} has no tensor {site.weight_name!r}")
     weight = wide(weight).T if site.layer_kind == "conv1d" else wide(weight)
     if site.layer_kind == "norm":
-        weight = weight + norm_offset(type(site.module))
+        weight = weight + norm_offset(type(site.module))  # type: ignore[arg-type]
     bias = None if bias is None else wide(bias)
     if site.part is None:
         return weight, bias
@@ -63,7 +63,7 @@ def as_stored(site: ModuleSite, weight: Tensor, bias: Tensor | None) -> dict[str
     old, old_bias = stored(module, site.weight_name), stored(module, site.bias_name or "")
     assert old is not None
     if site.layer_kind == "norm":
-        weight = weight - norm_offset(type(module))
+        weight = weight - norm_offset(type(module))  # type: ignore[arg-type]
     if bias is not None and old_bias is None and not (site.is_linear or site.layer_kind == "conv2d"):
         raise CannotMerge(
             "a bias has no place here",
@@ -111,7 +111,8 @@ def _dequantised(module: Any) -> Tensor:
     state, weight = module.state, module.weight
     scale = weight.SCB if weight.SCB is not None else state.SCB
     codes = weight.data if weight.SCB is not None or state.CB is None else state.CB
-    return codes.float() * scale.float().view(-1, 1) / 127.0
+    values: Tensor = codes.float() * scale.float().view(-1, 1) / 127.0
+    return values
 
 
 def _without_bias(module: Any) -> Any:
@@ -121,7 +122,6 @@ def _without_bias(module: Any) -> Any:
     return shadow
 
 
-@cache
 def norm_offset(kind: type[nn.Module]) -> float:
     """Return c where a norm class multiplies by (c + weight): 0, or 1 for Gemma's way."""
     kind = getattr(kind, "_inlay_base", kind)
@@ -153,10 +153,10 @@ class Level:
 
     def tensors(self) -> tuple[Tensor, Tensor | None]:
         """Return (weight, bias), cached while neither the base nor the members below change."""
-        learning = torch.is_grad_enabled() and any(
-            p.requires_grad for d in self.below for p in d.reached()
-        )
-        if learning or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # asked first: what follows cannot be traced
+            return self._folded()
+        learning = torch.is_grad_enabled() and any(p.requires_grad for d in self.below for p in d.reached())
+        if learning or torch.is_inference_mode_enabled():
             return self._folded()
         key = self._versions()
         if self._value is None or self._key != key:
@@ -167,12 +167,11 @@ class Level:
     def measured(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return (weight, bias, Σⱼ Wᵢⱼ² of each row), the sums without gradient and kept with the tensors."""
         value = self.tensors()
-        if self._squares is not None and self._squares[0] is value:
-            return (*value, self._squares[1])
-        squares = value[0].detach().square().sum(1)
-        if value is self._value:
-            self._squares = (value, squares)
-        return (*value, squares)
+        if torch.compiler.is_compiling() or value is not self._value:
+            return (*value, value[0].detach().square().sum(1))
+        if self._squares is None or self._squares[0] is not value:
+            self._squares = (value, value[0].detach().square().sum(1))
+        return (*value, self._squares[1])
 
     def _folded(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = read(self.site)
@@ -181,7 +180,7 @@ class Level:
         return weight, bias
 
     def _versions(self) -> tuple[int, ...]:
-        base = [getattr(self.site.module, n) for n in (self.site.weight_name, self.site.bias_name) if n]
+        base = [stored(self.site.module, n) for n in (self.site.weight_name, self.site.bias_name) if n]
         tensors = [t for t in base if t is not None] + [p for d in self.below for p in d.reached()]
         return tuple(v for t in tensors for v in (t.data_ptr(), t._version))
 

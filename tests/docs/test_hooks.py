@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import inlay
 import pytest
 import torch
+from torch import Tensor, nn
+
+import inlay
 from inlay import hookspecs
 from inlay.authoring import (
     Adapter,
@@ -25,9 +27,9 @@ from inlay.authoring import (
     register,
     setting,
 )
+from inlay.contract import HOOKS
 from inlay.errors import CheckpointError, ConfigError, RegistryError
-from inlay.registry import HOOKS, registry
-from torch import Tensor, nn
+from inlay.registry import registry
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "hooks.md").read_text()
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
@@ -38,8 +40,7 @@ def signatures() -> dict[str, str]:
     tree = ast.parse(Path(str(hookspecs.__file__)).read_text())
     found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list]
     return {
-        node.name: f"{node.name}({ast.unparse(node.args)}) -> {ast.unparse(node.returns or ast.Constant(None))}"
-        for node in found
+        n.name: f"{n.name}({ast.unparse(n.args)}) -> {ast.unparse(n.returns)}" for n in found if n.returns
     }
 
 
@@ -76,6 +77,8 @@ def test_every_hook_has_a_test_here(hook: str) -> None:
 
 class Scaling(OutputDelta):
     """Δy = a·s ⊙ y, with s (out,) zero and a scalar a, one."""
+
+    reads: ClassVar[frozenset[str]] = frozenset({"y"})
 
     def __init__(self, site: Site, init: Any) -> None:
         super().__init__()
@@ -307,6 +310,8 @@ def test_hook_calibrate(tmp_path: Path) -> None:
 
 class Told(OutputDelta):
     """Δy = p ⊙ y, with p (out,) prepared once per call."""
+
+    reads: ClassVar[frozenset[str]] = frozenset({"y"})
 
     def forward(self, x: Tensor, y: Tensor, at: Any) -> Tensor:
         return at.prepared["vector"] * y

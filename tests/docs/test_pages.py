@@ -6,10 +6,12 @@ import re
 import sys
 import types
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+
 from inlay.registry import registry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +52,9 @@ def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_blocks_have_a_language_that_is_known_and_links_lead_somewhere(page: Path) -> None:
     assert {language for _, language, _ in blocks(page)} <= LANGUAGES
-    broken = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
+    broken = [
+        link for link in LINK.findall(page.read_text()) if not (page.parent / link.partition("#")[0]).exists()
+    ]
     assert broken == []
 
 
@@ -69,3 +73,35 @@ def test_the_readme_is_as_short_as_it_says() -> None:
     assert len([line for line in intro if line]) <= 5
     example = next(text for _, language, text in blocks(ROOT / "README.md") if language == "python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
+
+
+def test_the_architecture_names_every_file_of_core_and_only_what_exists() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    core = ROOT / "core" / "inlay"
+    named = set(re.findall(r"`(\w+\.py)`", text)) | set(re.findall(r"`(\w+/)`", text))
+    there = {p.name for p in core.glob("*.py")} | {
+        f"{p.name}/" for p in core.iterdir() if (p / "__init__.py").exists()
+    }
+    assert there - named == {"__init__.py"}
+    assert named - there == set()
+    functions = re.findall(r"`([a-z]+)\.([A-Za-z_]+)[`(]", text)
+    known = [(m, f) for m, f in functions if f"{m}.py" in there - {"adapter.py"} and f != "py"]
+    assert len(known) > 20
+    assert [f"{m}.{f}" for m, f in known if not hasattr(import_module(f"inlay.{m}"), f)] == []
+
+
+def test_the_method_written_on_one_page_has_at_most_60_lines() -> None:
+    method = next(
+        text for _, language, text in blocks(ROOT / "docs" / "write-a-method.md") if language == "python"
+    )
+    assert "class GatedLoRA(Method)" in method
+    assert len([line for line in method.splitlines() if line.strip()]) <= 60
+
+
+def test_every_decision_is_listed_and_says_why_and_what_it_costs() -> None:
+    folder = ROOT / "docs" / "decisions"
+    pages = sorted(folder.glob("0*.md"))
+    assert len(pages) >= 5
+    assert [p.name for p in pages] == re.findall(r"\((\d{4}-[\w-]+\.md)\)", (folder / "index.md").read_text())
+    for page in pages:
+        assert all(f"**{word}.**" in page.read_text() for word in ("Decided", "Why", "Costs")), page.name

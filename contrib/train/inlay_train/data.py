@@ -10,10 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from inlay import InlayError
+
 # Packages that every Python from 3.11 on has, with enough documentation to learn from.
 PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
 MASK = "[MASK]"
-WORDS, MOST = 12, 200
+WORDS, MOST, LEAST = 12, 200, 8
 TEST_SHARE = 0.25
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -29,12 +31,12 @@ class Samples:
         return len(self.texts)
 
 
-def docstrings(library: Path | None = None) -> Samples:
-    """Return at most 200 masked docstrings of at least 12 words for each package.
+def docstrings(most: int = MOST, library: Path | None = None) -> Samples:
+    """Return at most `most` masked docstrings of at least 12 words for each package.
 
-    Sources are parsed, nothing is imported. A text that occurs in two packages is left out. The
-    order within a package is that of a digest of the text: the same in every process, and
-    nearly the same on the next Python.
+    Sources are parsed, nothing is imported. A text that two packages share is left out. Within a
+    package the order is that of a digest of the text: the same in every process, and nearly the
+    same on the next Python.
     """
     library = library or Path(sysconfig.get_paths()["stdlib"])
     found = [set(_of_package(library / name)) for name in PACKAGES]
@@ -42,11 +44,12 @@ def docstrings(library: Path | None = None) -> Samples:
     labels: list[int] = []
     for label, mine in enumerate(found):
         others = set().union(*(theirs for theirs in found if theirs is not mine))
-        own = sorted(mine - others, key=_digest)[:MOST]
-        if len(own) < 1 / TEST_SHARE:
-            raise ValueError(
-                f"too few docstrings of {PACKAGES[label]!r}; saw {len(own)} under {library}; "
-                "run a Python whose standard library is installed with its sources"
+        own = sorted(mine - others, key=_digest)[:most]
+        if len(own) < LEAST:
+            raise InlayError(
+                f"the standard library's package {PACKAGES[label]!r} has too few docstrings to learn from",
+                saw=f"{len(own)} of at least {WORDS} words in {library / PACKAGES[label]}",
+                do="use a Python whose standard library is installed as source files",
             )
         texts += own
         labels += [label] * len(own)
@@ -65,10 +68,9 @@ def split(samples: Samples, share: float = TEST_SHARE) -> tuple[Samples, Samples
     return _pick(samples, kept), _pick(samples, held)
 
 
-def masked(text: str, names: Sequence[str] = PACKAGES) -> str:
+def masked(text: str) -> str:
     """Return `text` on one line, every package's name hidden, also inside words and in any case."""
-    pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-    return re.sub(pattern, MASK, " ".join(text.split()), flags=re.IGNORECASE)
+    return re.sub("|".join(PACKAGES), MASK, " ".join(text.split()), flags=re.IGNORECASE)
 
 
 def _of_package(folder: Path) -> Iterator[str]:

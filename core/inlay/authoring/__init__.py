@@ -31,7 +31,7 @@ register = registry.register
 __all__ = [
     "Adapter", "At", "AttentionDelta", "AttentionSite", "BlockSite", "Call", "CannotMerge", "Change",
     "Compact", "Composite", "ConfigError", "Delta", "Factored", "Group", "Init", "InputDelta", "KeyValues",
-    "Method", "ModuleSite", "OutputDelta", "OwnValues", "Ref", "RoutingError", "SequenceDelta", "SequenceSite",
-    "Shift", "Site", "Stage", "SublayerSite", "TargetError", "Trained", "WeightDelta", "Weights", "hookimpl",
-    "register", "setting",
+    "Method", "ModuleSite", "OutputDelta", "OwnValues", "Ref", "RoutingError", "SequenceDelta",
+    "SequenceSite", "Shift", "Site", "Stage", "SublayerSite", "TargetError", "Trained", "WeightDelta",
+    "Weights", "hookimpl", "register", "setting",
 ]  # fmt: skip

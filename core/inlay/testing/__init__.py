@@ -1,13 +1,13 @@
 """The conformance kit: numbered rules that every method keeps, as properties over tiny real models.
 
-    class TestLoRA(MethodConformance):
-        method = LoRA
-        configurations = st.builds(LoRA, rank=st.integers(1, 4))
-        merges = True
+class TestLoRA(MethodConformance):
+    method = LoRA
+    configurations = st.builds(LoRA, rank=st.integers(1, 4))
+    merges = True
 
-        @staticmethod
-        def parameters(method, sites):
-            return sum(method.rank * (s.in_features + s.out_features) for s in sites)
+    @staticmethod
+    def parameters(method, sites):
+        return sum(method.rank * (s.in_features + s.out_features) for s in sites)
 """
 
 from __future__ import annotations
@@ -25,7 +25,17 @@ _HOMES = {
     "Rule": "rule", "RuleBroken": "rule", "differences": "snapshot", "snapshot": "snapshot",
 }  # fmt: skip
 
-__all__ = ["RULES", "Case", "Joined", "Member", "MethodConformance", "Rule", "RuleBroken", "differences", "snapshot"]
+__all__ = [
+    "RULES",
+    "Case",
+    "Joined",
+    "Member",
+    "MethodConformance",
+    "Rule",
+    "RuleBroken",
+    "differences",
+    "snapshot",
+]
 
 
 def __getattr__(name: str) -> Any:

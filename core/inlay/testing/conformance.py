@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inlay.method import Method
-from inlay.testing.cases import FAMILIES, Case, Joined, cases
+from inlay.testing.cases import FAMILIES, NAME, Case, Joined, cases
 from inlay.testing.neighbours import NEIGHBOURS
 from inlay.testing.profiles import profile
 from inlay.testing.rule import Rule
@@ -35,6 +35,7 @@ class MethodConformance:
     by_layer: ClassVar[bool] = True
     start_tolerance: ClassVar[float] = 0.0
     merges: ClassVar[Any] = False
+    adds_biases: ClassVar[bool] = False
     excused: ClassVar[dict[str, str]] = {}
 
     @staticmethod
@@ -44,10 +45,9 @@ class MethodConformance:
     @classmethod
     def joined(cls) -> Joined:
         """Return what the class declares, as data."""
-        return Joined(
-            kind=cls.method, configurations=cls.configurations, families=cls.families, targets=cls.targets,
-            by_layer=cls.by_layer, start_tolerance=cls.start_tolerance, merges=cls.merges, parameters=cls.parameters,
-        )  # fmt: skip
+        same = ("configurations", "families", "targets", "by_layer", "start_tolerance", "merges", "adds_biases",
+                "parameters")  # fmt: skip
+        return Joined(kind=cls.method, **{name: getattr(cls, name) for name in same})
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -83,7 +83,11 @@ def test_of(rule: Rule, joined: Joined, excused: dict[str, str]) -> Callable[...
 def drawn(rule: Rule, joined: Joined) -> st.SearchStrategy[Case]:
     """Return the cases a rule is checked on for one method: by itself, and among the kit's neighbours."""
     others = () if rule.alone else NEIGHBOURS
-    return cases(joined, others=others, dtypes=rule.dtypes)
+    found = cases(joined, others=others, dtypes=rule.dtypes)
+    if rule.concerns == "any":
+        return found
+    merging = rule.concerns == "merging"
+    return found.filter(lambda case: (f"{NAME}/subject" in case.merging()) is merging)
 
 
 def collect(files: Iterable[Path]) -> list[Joined]:
@@ -96,6 +100,10 @@ def collect(files: Iterable[Path]) -> list[Joined]:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, MethodConformance) and value is not MethodConformance:
+            if (
+                isinstance(value, type)
+                and issubclass(value, MethodConformance)
+                and value is not MethodConformance
+            ):
                 found[f"{file}:{value.__name__}"] = value.joined()
     return list(found.values())

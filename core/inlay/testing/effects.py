@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,11 +59,17 @@ def stir(model: nn.Module, case: Case, name: str = NAME, *, merging: bool = Fals
     parts that merge also change it together by as much.
     """
     parts = need_state(model).find(name)
-    for attempt in range(8):
-        for number, placed in enumerate(parts):
-            _stir(model, placed, seed=1000 * attempt + 10 * case.seed + number, most=MOST / len(parts))
-        if not merging or LEAST <= effect_of_merging(model, case) <= MOST:
+    moves = {p.path: Move(model, p, seed=10 * case.seed + i) for i, p in enumerate(parts)}
+    for move in moves.values():
+        move.search(most=MOST / len(parts))
+    if not merging:
+        return
+    for _ in range(40):
+        effect = effect_of_merging(model, case)
+        if LEAST <= effect <= MOST:
             return
+        for path in case.merging():
+            moves[path].resize(1.3 if effect < LEAST else 0.8)
     raise RuleBroken(f"no weights give {case.merging()} a joint effect between {LEAST} and {MOST}")
 
 
@@ -74,30 +79,38 @@ def effect_of_merging(model: nn.Module, case: Case) -> float:
     return share(output_of(model, *everything), output_of(model, *case.lasting()))
 
 
-def _stir(model: nn.Module, placed: Placed, *, seed: int, most: float) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    mask = masks.mask_of(placed)
-    tensors = [p for n, p in placed.adapter.named_parameters() if mask[n]]
-    starts = [p.detach().clone() for p in tensors]
-    noises = [torch.randn(p.shape, generator=generator).to(p.dtype) for p in tensors]
-    plain, size = output_of(model), 0.1
-    most = most if placed.method.starts_as_identity else math.inf
-    for _ in range(60):
-        _displace(tensors, starts, noises, size)
-        effect = share(output_of(model, placed.path), plain)
-        if 1.2 * LEAST <= effect <= max(most, 2 * LEAST):
-            return
-        size *= 1.6 if effect < 1.2 * LEAST else 0.8
-    raise RuleBroken(
-        f"{placed.path} changes the output by {effect:.1e} of its norm however its weights are set "
-        f"(wanted {LEAST} to {most}): do its deltas run?"
-    )
+class Move:
+    """A part's trainable tensors, moved from their start in a fixed random direction."""
 
+    def __init__(self, model: nn.Module, placed: Placed, *, seed: int) -> None:
+        self.model, self.placed, self.size = model, placed, 0.1
+        generator, mask = torch.Generator().manual_seed(seed), masks.mask_of(placed)
+        self.tensors = [p for n, p in placed.adapter.named_parameters() if mask[n]]
+        self.starts = [p.detach().clone() for p in self.tensors]
+        self.noises = [torch.randn(p.shape, generator=generator).to(p.dtype) for p in self.tensors]
 
-def _displace(tensors: Sequence[Tensor], starts: Sequence[Tensor], noises: Sequence[Tensor], size: float) -> None:
-    with torch.no_grad():
-        for tensor, start, noise in zip(tensors, starts, noises, strict=True):
-            tensor.copy_(start + size * noise)
+    def search(self, most: float) -> None:
+        """Find a size at which the part alone has an effect between LEAST and `most` of the output."""
+        plain, least = output_of(self.model), 1.2 * LEAST
+        most = max(most, 2 * LEAST) if self.placed.method.starts_as_identity else math.inf
+        effect = 0.0
+        for _ in range(60):
+            self.resize(1.0)
+            effect = share(output_of(self.model, self.placed.path), plain)
+            if least <= effect <= most:
+                return
+            self.size *= 1.6 if effect < least else 0.8
+        raise RuleBroken(
+            f"{self.placed.path} changes the output by {effect:.1e} of its norm however its weights are set "
+            f"(wanted {LEAST} to {most}): do its deltas run?"
+        )
+
+    def resize(self, factor: float) -> None:
+        """Multiply the size of the move, and move."""
+        self.size *= factor
+        with torch.no_grad():
+            for tensor, start, noise in zip(self.tensors, self.starts, self.noises, strict=True):
+                tensor.copy_(start + self.size * noise)
 
 
 def backward(model: nn.Module, seed: int = 0) -> None:
@@ -136,5 +149,8 @@ def in_float64(model: nn.Module) -> nn.Module:
 
 def same_output(a: Tensor, b: Tensor, what: str) -> None:
     """Raise unless two outputs are bit for bit the same."""
-    need(a.dtype == b.dtype and a.shape == b.shape, f"{what}: {a.dtype}{tuple(a.shape)} became {b.dtype}{tuple(b.shape)}")
+    need(
+        a.dtype == b.dtype and a.shape == b.shape,
+        f"{what}: {a.dtype}{tuple(a.shape)} became {b.dtype}{tuple(b.shape)}",
+    )
     need(torch.equal(a, b), f"{what}: the output differs by {float((a - b).abs().max()):.3g}")

@@ -17,7 +17,10 @@ from typing import Any
 @cache
 def _process() -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "inlay.testing.elsewhere"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "inlay.testing.elsewhere"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     atexit.register(_stop, process)
     return process
@@ -45,13 +48,13 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     import inlay
+    from inlay.testing.cases import tiny
     from inlay.testing.effects import output
-    from inlay.testing.models import build
     from inlay.testing.snapshot import digest
 
     for module in question["modules"]:
         importlib.import_module(module)
-    model = build(question["family"], seed=question["seed"], dtype=getattr(torch, question["dtype"]))
+    model = tiny(question["family"], seed=question["seed"], dtype=getattr(torch, question["dtype"]))
     count = inlay.load(model, question["folder"], "elsewhere")
     return {"digest": digest({"logits": output(model)}), "tensors": count}
 

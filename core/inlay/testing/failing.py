@@ -45,6 +45,10 @@ class Failing(Method):
     def default_targets(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(self.inner.default_targets)
 
+    @property
+    def optional_targets(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(self.inner.optional_targets)
+
     def parts(self) -> Mapping[str, Method]:
         return dict(self.inner.parts())
 

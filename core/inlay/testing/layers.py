@@ -14,7 +14,9 @@ from inlay.stack import need_state
 
 def deltas_of(model: nn.Module, name: str = "default") -> dict[str, Delta]:
     """Return the deltas of the adapter `name` by the name of their site."""
-    return {site.name: delta for placed in need_state(model).find(name) for site, delta in placed.adapter.placed}
+    return {
+        site.name: delta for placed in need_state(model).find(name) for site, delta in placed.adapter.placed
+    }
 
 
 def watch(model: nn.Module, path: str, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -46,3 +48,10 @@ def fit(model: nn.Module, batch: dict[str, Any], *, steps: int = 60) -> tuple[fl
             loss.backward()
             optimizer.step()
     return losses[0], losses[-1]
+
+
+def gradients(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the gradient of the loss on `batch` for every parameter that has one, by name."""
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -193,7 +193,9 @@ LOW_RANK = Joined(
     targets=(None, ("linear",), ("key", "up")),
     parameters=lambda method, sites: sum(method.rank * (s.in_features + s.out_features) for s in sites),
 )  # fmt: skip
-GAIN = Joined(KitGain, st.builds(KitGain), merges=True, parameters=lambda _, sites: sum(s.in_features for s in sites))
+GAIN = Joined(
+    KitGain, st.builds(KitGain), merges=True, parameters=lambda _, sites: sum(s.in_features for s in sites)
+)
 BEND = Joined(KitBend, st.builds(KitBend), parameters=lambda _, sites: sum(s.out_features for s in sites))
 BLOCK = Joined(KitBlock, st.builds(KitBlock), parameters=lambda _, sites: sum(s.out_features for s in sites))
 SHIFT = Joined(KitShift, st.builds(KitShift), merges=True, by_layer=False)

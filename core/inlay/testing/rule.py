@@ -49,10 +49,12 @@ class Rule:
 
     def covers(self, joined: Joined) -> bool:
         """Return whether the rule says anything about a method."""
-        return self.concerns == "any" or (self.concerns == "merging") == joined.ever_merges
+        return joined.merges is not (self.concerns == "lasting") if self.concerns != "any" else True
 
 
-def rule(number: str, title: str, **settings: Any) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+def rule(
+    number: str, title: str, **settings: Any
+) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
     """Declare the function below as the check of a rule."""
 
     def declare(check: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -61,7 +61,9 @@ def differences(before: Snapshot, model: nn.Module, *, values: bool = True) -> l
     found = [f"{name}: module gone" for name in before.modules.keys() - after.modules.keys()]
     found += [f"{name}: new module" for name in after.modules.keys() - before.modules.keys()]
     for name in before.modules.keys() & after.modules.keys():
-        found += [f"{name or '(root)'}: {d}" for d in _module(before.modules[name], after.modules[name], values)]
+        found += [
+            f"{name or '(root)'}: {d}" for d in _module(before.modules[name], after.modules[name], values)
+        ]
     if list(before.state) != list(after.state):
         changed = before.state.keys() ^ after.state.keys()
         found.append(f"state_dict: other keys or order ({', '.join(sorted(changed)[:3]) or 'order'})")
@@ -132,7 +134,9 @@ def _module(before: ModuleShot, after: ModuleShot, values: bool) -> Iterable[str
         yield f"class {before.kind.__name__} became {after.kind!r}"
     if before.forward is not after.forward:
         yield "the class has another forward"
-    yield from _mapping("attribute", before.attributes, after.attributes, lambda a, b: a is b or _plain_equal(a, b))
+    yield from _mapping(
+        "attribute", before.attributes, after.attributes, lambda a, b: a is b or _plain_equal(a, b)
+    )
     yield from _mapping("content of", before.contents, after.contents, _same_content)
     yield from _mapping("child", before.children, after.children, lambda a, b: a is b)
     yield from _mapping("tensor", before.tensors, after.tensors, lambda a, b: _same_tensor(a, b, values))

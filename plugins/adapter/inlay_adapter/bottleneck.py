@@ -53,9 +53,11 @@ class Bottleneck(OutputDelta):
         self.act, self.rate = ACTIVATIONS[shape.act], shape.dropout
         self.down, self.up = matrices(init, features, shape)
         self.down_bias, self.up_bias = init.zeros(width), init.zeros(features)
-        sizes = {"learned": 1, "channel": features}
-        size = sizes.get(shape.scale) if isinstance(shape.scale, str) else None
-        self.scale = shape.scale if size is None else init.ones(size)
+        self.scale: Tensor | float
+        if isinstance(shape.scale, str):
+            self.scale = init.ones(features if shape.scale == "channel" else 1)
+        else:
+            self.scale = float(shape.scale)
 
     def branch(self, h: Tensor, hidden_dropout: float = 0.0) -> Tensor:
         """Return z of h, both (..., d)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,6 +22,11 @@ from inlay.authoring import (
     setting,
 )
 from inlay_adapter.bottleneck import Activation, Bottleneck, BottleneckMethod, Scale, Shape, Start
+
+OWN: dict[str, dict[str, Any]] = {
+    "houlsby": {"rank": 64, "act": "gelu_tanh", "init": "houlsby"},
+    "pfeiffer": {"rank": None, "act": "relu", "init": "bert"},
+}
 
 
 class HoulsbyBottleneck(Bottleneck):
@@ -81,28 +86,30 @@ class SerialAdapter(BottleneckMethod):
     dropout: float = setting(0.0, least=0, below=1)
     train_layernorms: bool | None = setting(None)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        houlsby = self.placement == "houlsby"
-        norms = houlsby and (self.targets is None or "norm" in self.targets)
-        own = {"act": "gelu_tanh", "init": "houlsby", "train_layernorms": norms, "rank": 64}
-        others = {"act": "relu", "init": "bert", "train_layernorms": False}
-        for name, value in (own if houlsby else others).items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+    def chosen(self, name: str) -> Any:
+        """Return a setting, or where it is None the placement's own value."""
+        value = getattr(self, name)
+        return OWN[self.placement][name] if value is None else value
+
+    @property
+    def trains_norms(self) -> bool:
+        """Whether layer norms learn: as asked, else under "houlsby" wherever the targets name them."""
+        if self.train_layernorms is not None:
+            return self.train_layernorms
+        return self.placement == "houlsby" and (self.targets is None or "norm" in self.targets)
 
     @property
     def accepts(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"sublayer", "norm"} if self.train_layernorms else {"sublayer"})
+        return frozenset({"sublayer", "norm"} if self.trains_norms else {"sublayer"})
 
     @property
     def default_targets(self) -> tuple[str, ...]:  # type: ignore[override]
         where = ("attention", "ffn") if self.placement == "houlsby" else ("ffn",)
-        return (*where, "norm") if self.train_layernorms else where
+        return (*where, "norm") if self.trains_norms else where
 
     @property
     def starts_as_identity(self) -> bool:  # type: ignore[override]
-        return self.init == "lora"
+        return bool(self.chosen("init") == "lora")
 
     def suits(self, site: Site) -> bool:
         reads_residual = self.placement == "pfeiffer" and isinstance(site, SublayerSite)
@@ -114,8 +121,8 @@ class SerialAdapter(BottleneckMethod):
     def delta(self, site: Site, init: Init) -> Bottleneck | Shift:  # type: ignore[override]
         if not isinstance(site, SublayerSite):
             return Shift(site, init)  # type: ignore[arg-type]
-        width = max(1, site.out_features // 16) if self.rank is None else self.rank
-        shape = Shape(width, str(self.act), str(self.init), self.init_std, self.scale, self.dropout)
+        width = self.chosen("rank") or max(1, site.out_features // 16)
+        shape = Shape(width, self.chosen("act"), self.chosen("init"), self.init_std, self.scale, self.dropout)
         kind = HoulsbyBottleneck if self.placement == "houlsby" else PfeifferBottleneck
         return kind(site, init, shape)
 
@@ -123,10 +130,10 @@ class SerialAdapter(BottleneckMethod):
     @hookimpl
     def inject(method: SerialAdapter, sites: Sequence[Site], adapter: Adapter) -> int:  # type: ignore[override]
         kinds = {site.kind for site in sites}
-        if "sublayer" not in kinds or (method.train_layernorms and "norm" not in kinds):
+        if "sublayer" not in kinds or (method.trains_norms and "norm" not in kinds):
             raise TargetError(
                 "the targets leave out what the settings ask for",
-                saw=f"targets={method.targets}, train_layernorms={method.train_layernorms}: {sorted(kinds)}",
+                saw=f"targets={method.targets}, train_layernorms={method.trains_norms}; found {sorted(kinds)}",
                 do='name "attention" or "ffn", and with train_layernorms=True also "norm"',
             )
         return Method.inject(method, sites, adapter)

@@ -77,7 +77,7 @@ class DoRA(LowRankMethod):
     paper: ClassVar[str] = "2402.09353"
     accepts: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
     default_targets: ClassVar[tuple[str, ...]] = ("query", "key", "value", "up", "down")
-    lr: ClassVar[float] = 2e-3
+    lr: ClassVar[float] = 1e-3
 
     def delta(self, site: Site, init: Init) -> Decomposed:
         return Decomposed(site, init, self)

@@ -19,7 +19,9 @@ from inlay.testing.snapshot import Snapshot, differences, same_bits, snapshot
 def no_trace(before: Snapshot, model: nn.Module, after: str) -> None:
     """Raise unless the model is bit for bit what it was."""
     found = differences(before, model)
-    need(not found, f"after {after} the model is not what it was: {'; '.join(found[:5])} ({len(found)} in all)")
+    need(
+        not found, f"after {after} the model is not what it was: {'; '.join(found[:5])} ({len(found)} in all)"
+    )
 
 
 @rule(
@@ -37,7 +39,10 @@ def starts_unchanged(case: Case) -> None:
     started = output(model)
     tolerance = sum(m.joined.start_tolerance for m in case.members)
     if not all(m.method.starts_as_identity for m in case.members):
-        need(share(started, plain) > 0, "it declares starts_as_identity = False, and changes nothing at the start")
+        need(
+            share(started, plain) > 0,
+            "it declares starts_as_identity = False, and changes nothing at the start",
+        )
     elif tolerance == 0.0:
         same_output(plain, started, "attaching")
     elif case.dtype == torch.float32:
@@ -102,11 +107,21 @@ def _fail_on(model: nn.Module, case: Case) -> None:
     for at in ("inject", "place", "mask"):
         chosen = case.members[victim]
         failing = Failing(
-            inner=chosen.method, at=at, k=case.seed % 5, targets=chosen.method.targets, layers=chosen.method.layers
+            inner=chosen.method,
+            at=at,
+            k=case.seed % 5,
+            targets=chosen.method.targets,
+            layers=chosen.method.layers,
         )
-        stack = (*case.members[:victim], dataclasses.replace(chosen, method=failing), *case.members[victim + 1 :])
+        stack = (
+            *case.members[:victim],
+            dataclasses.replace(chosen, method=failing),
+            *case.members[victim + 1 :],
+        )
         trial = dataclasses.replace(case, members=stack)
-        raises(InjectedError, lambda trial=trial: trial.attach(model), f"attaching a method that fails at {at}")  # type: ignore[misc]
+        raises(
+            InjectedError, lambda trial=trial: trial.attach(model), f"attaching a method that fails at {at}"
+        )  # type: ignore[misc]
         no_trace(before, model, f"a failure at {at}")
     same_output(shown, output(model), "a failed attach")
 

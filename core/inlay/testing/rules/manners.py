@@ -41,14 +41,19 @@ def configuration_is_data(case: Case) -> None:
         settings = json.loads(json.dumps(method.to_dict(), allow_nan=False))
         again = registry.build(method.id, settings)
         need(again == method and hash(again) == hash(method), f"{method!r} came back from JSON as {again!r}")
-        need(type(again) is type(method), f"{method.id!r} builds a {type(again).__module__}.{type(again).__name__}")
+        need(
+            type(again) is type(method),
+            f"{method.id!r} builds a {type(again).__module__}.{type(again).__name__}",
+        )
         for build in (
             lambda s=settings, m=method: registry.build(m.id, {**s, "unheard_of": 1}),
             lambda m=method: type(m)(unheard_of=1),
         ):
             error = raises(ConfigError, build, "an unknown setting")
             need("unheard_of" in str(error), f"the message does not name the setting: {error}")
-        raises(dataclasses.FrozenInstanceError, lambda m=method: setattr(m, "targets", ()), "changing a setting")  # type: ignore[misc]
+        raises(
+            dataclasses.FrozenInstanceError, lambda m=method: setattr(m, "targets", ()), "changing a setting"
+        )  # type: ignore[misc]
 
 
 @rule(
@@ -121,7 +126,10 @@ def nothing_warns(case: Case) -> None:
 def _foreign(warning: warnings.WarningMessage) -> bool:
     """Whether a deprecation is between other libraries."""
     old = issubclass(warning.category, DeprecationWarning | FutureWarning)
-    return old and re.search(r"site-packages[/\\](torch|transformers|accelerate)[/\\]", warning.filename) is not None
+    return (
+        old
+        and re.search(r"site-packages[/\\](torch|transformers|accelerate)[/\\]", warning.filename) is not None
+    )
 
 
 @rule(
@@ -141,7 +149,9 @@ def imports_lightly(joined: Joined) -> None:
 @cache
 def _imported_with(module: str) -> tuple[str, ...]:
     code = f"import sys, {module}; print(*[m for m in {HEAVY!r} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     need(done.returncode == 0, f"importing {module} in a fresh process failed: {done.stderr[-500:]}")
     return tuple(done.stdout.split())
 
@@ -161,6 +171,12 @@ def describes_itself(joined: Joined) -> None:
     need(registry.get(kind.id) is kind, f"{kind.id!r} is offered by another class")
     need(re.fullmatch(r"\d{4}\.\d{4,5}", kind.paper), f"paper = {kind.paper!r} is no arXiv id")
     text = (kind.__doc__ or "").strip()
-    need(len(text.split()) >= 12 and "arameter" in text, "the docstring does not say what it does and its count")
+    need(
+        len(text.split()) >= 12 and "arameter" in text,
+        "the docstring does not say what it does and its count",
+    )
     need(isinstance(kind.lr, float) and kind.lr > 0, f"lr = {kind.lr!r}")
-    need(kind.version >= 1 and kind.accepts and kind.default_targets, "version, accepts or default_targets is empty")
+    need(
+        kind.version >= 1 and kind.accepts and kind.default_targets,
+        "version, accepts or default_targets is empty",
+    )

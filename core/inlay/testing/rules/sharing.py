@@ -25,7 +25,7 @@ def routes_rows(case: Case) -> None:
     case.attach(model, "de", seed=case.seed + 1)
     stir(model, case, "de")
     first, last = (f"{NAME}/{m.name}" for m in (case.members[0], case.members[-1]))
-    rows: list[str | None | tuple[str, ...]] = ["de", NAME, None, NAME, (first,), ("de", last)]
+    rows: list[str | tuple[str, ...] | None] = ["de", NAME, None, NAME, (first,), ("de", last)]
     batch = batch_for(model, rows=len(rows), seed=case.seed)
     with inlay.route(model, rows):
         routed = output(model, batch)
@@ -52,6 +52,7 @@ def adapters_are_apart(case: Case) -> None:
     before, own, shown = snapshot(model), tensors_of(model), output(model)
     case.attach(model, "de", seed=case.seed + 1)
     same_output(shown, output_of(model, NAME), "attaching a second adapter")
+    stir(model, case, "de")
     inlay.set_trainable(model, "de")
     train(model, "AdamW", steps=2)
     wrong = [k for k, t in tensors_of(model).items() if not same_bits(t, own[k])]
@@ -59,5 +60,6 @@ def adapters_are_apart(case: Case) -> None:
     same_output(shown, output_of(model, NAME), "training a second adapter")
     need(share(output_of(model, NAME, "de"), shown) > 0, "the second adapter has no effect")
     inlay.detach(model, "de")
+    inlay.set_trainable(model, NAME)
     no_trace(before, model, "attaching, training and detaching a second adapter")
     same_output(shown, output(model), "detaching a second adapter")

@@ -66,13 +66,21 @@ def mask_is_true(case: Case) -> None:
     need(masked, "nothing learns")
     need(not any(t.requires_grad for t in base.values()), "a base tensor requires a gradient")
     backward(model)
-    wrong = [n for n, t in own.items() if t.requires_grad != (n in masked) or (t.grad is not None) != (n in masked)]
+    wrong = [
+        n for n, t in own.items() if t.requires_grad != (n in masked) or (t.grad is not None) != (n in masked)
+    ]
     need(not wrong, f"flag or gradient of {wrong[:1]} is not what the mask says ({len(wrong)} in all)")
     need(not any(t.grad is not None for t in base.values()), "a base tensor got a gradient")
-    need(all(bool(t.grad.isfinite().all()) for t in own.values() if t.grad is not None), "a gradient is not finite")
+    need(
+        all(bool(t.grad.isfinite().all()) for t in own.values() if t.grad is not None),
+        "a gradient is not finite",
+    )
     inlay.check_training(model, OPTIMIZERS["AdamW"](inlay.parameter_groups(model)))
     held = [id(p) for group in inlay.parameter_groups(model, lr=1e-3) for p in group["params"]]
-    need(sorted(held) == sorted(id(own[n]) for n in masked), "the parameter groups are not the masked tensors, once each")
+    need(
+        sorted(held) == sorted(id(own[n]) for n in masked),
+        "the parameter groups are not the masked tensors, once each",
+    )
 
 
 @rule(
@@ -92,7 +100,10 @@ def counted(case: Case) -> None:
     placed = list(need_state(model).placed.values())
     for member, dry, real, part in zip(case.members, planned.parts, report.parts, placed, strict=True):
         found = sum(p.numel() for _, p in part.adapter.named_parameters())
-        need(dry.parameters == real.parameters == found, f"{member.name}: planned {dry.parameters}, attached {found}")
+        need(
+            dry.parameters == real.parameters == found,
+            f"{member.name}: planned {dry.parameters}, attached {found}",
+        )
         if member.joined.parameters is not None:
             wanted = member.joined.parameters(member.method, part.adapter.sites)
             need(found == wanted, f"{member.name} has {found} parameters; its expression gives {wanted}")

@@ -1,0 +1,52 @@
+"""LoRA and DoRA keep the rules of docs/conformance.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import strategies as st
+
+from inlay.authoring import Site
+from inlay.testing import MethodConformance
+from inlay_lora import DoRA, LoRA
+
+SETTINGS = {
+    "rank": st.integers(1, 4),
+    "alpha": st.sampled_from([1.0, 8.0]),
+    "dropout": st.sampled_from([0.0, 0.1]),
+    "scaling": st.sampled_from(["standard", "rsqrt"]),
+    "init": st.sampled_from(["kaiming", "gaussian"]),
+}
+
+
+class TestLoRA(MethodConformance):
+    method = LoRA
+    configurations = st.builds(LoRA, **SETTINGS)
+    targets = (None, ("linear",), ("attention", "up"))
+    merges = True
+
+    @staticmethod
+    def parameters(method: LoRA, sites: Sequence[Site]) -> int:
+        return sum(method.rank * (s.in_features + s.out_features) for s in sites)
+
+
+class TestLoRAOnEmbeddings(TestLoRA):
+    families = ("llama", "gpt2", "bert")
+    targets = (("embedding",), ("embedding", "query"))
+    by_layer = False
+
+    @staticmethod
+    def merges(method: LoRA, family: str) -> bool:
+        return family != "gpt2"  # its table is tied to the head
+
+
+class TestDoRA(MethodConformance):
+    method = DoRA
+    configurations = st.builds(DoRA, **SETTINGS)
+    targets = (None, ("query", "value"), ("ffn",))
+    start_tolerance = 1e-5
+    merges = True
+
+    @staticmethod
+    def parameters(method: DoRA, sites: Sequence[Site]) -> int:
+        return sum(method.rank * (s.in_features + s.out_features) + s.out_features for s in sites)
