@@ -32,5 +32,8 @@ lint: $(STAMP)
 bench: $(STAMP)
 	for script in benchmarks/bench_*.py; do $(PY) $$script || exit 1; done
 
+docs: $(STAMP)
+	$(PY) -m pytest -q tests/docs
+
 clean:
 	rm -rf .venv .hypothesis .pytest_cache .mypy_cache .ruff_cache demo-output

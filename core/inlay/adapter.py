@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from inlay.delta import Delta, Ref
 from inlay.errors import AttachError
 from inlay.sites import Site
+from inlay.weights import stored_state
 
 if TYPE_CHECKING:
     from inlay.method import Method
@@ -97,7 +98,7 @@ class Adapter:
         """Return the adapter attached as `name` ("fr" or "fr/part"): for methods that read others."""
         if self._find is None:
             raise AttachError(
-                "other adapters cannot be reached here", saw=repr(name), do="look them up in inject"
+                "other adapters cannot be reached here", saw=repr(name), do="attach them first, then this one"
             )
         found = self._find(name)
         self.fused.append(found)
@@ -138,7 +139,7 @@ class Adapter:
         return {
             f"{prefix}.{name}": tensor
             for prefix, module in self.modules()
-            for name, tensor in module.state_dict().items()
+            for name, tensor in stored_state(module).items()
         }
 
 

@@ -29,7 +29,7 @@ from inlay.hosts import (
 )
 from inlay.method import Method
 from inlay.plan import Plan, PlannedPart, build, check_module, resolve_stack, tied_names, with_trained
-from inlay.sites import AttentionSite, BlockSite, SequenceSite
+from inlay.sites import AttentionSite, BlockSite, ModuleSite, SequenceSite
 from inlay.stack import Part, Placed, Stack, State, check_name, need_state, state_of
 
 
@@ -264,6 +264,7 @@ def _enter(state: State, name: str, module: nn.Module, undo: ExitStack, *, scope
 def _register(state: State, placed: Placed, undo: ExitStack) -> None:
     """Make the part's modules children of the modules they act on, and open its attention and block ports."""
     for site, delta in placed.adapter.placed:
+        _ = site.out_features  # noted now, to see later whether the layer was resized
         owner = state.model if isinstance(site, SequenceSite) else site.module
         _adopt(state, owner, str(placed.id), delta, undo)
         delta.train(owner.training)
@@ -351,7 +352,13 @@ def _close(state: State) -> None:
 
 
 def _check_running(state: State) -> None:
-    """Raise unless every host's forward is the one that runs."""
+    """Raise unless every host is still in the model and its forward is the one that runs."""
+    if gone := sites_still_there(state):
+        raise AttachError(
+            "an adapter attached before has lost its place in the model",
+            saw=f"{gone[0]} was replaced or resized since (resize_token_embeddings does this)",
+            do="detach, change the model, attach again (inlay.save and inlay.load keep the weights)",
+        )
     for name, module in state.hosts:
         if not is_running(module):
             raise AttachError(
@@ -362,6 +369,8 @@ def _check_running(state: State) -> None:
 
 
 def sites_still_there(state: State) -> list[str]:
-    """Return the names of hosts that are no longer the objects attached to (resized embeddings)."""
+    """Return the names of sites that are no longer the objects attached to, or of another size now."""
     now = dict(state.model.named_modules(remove_duplicate=False))
-    return [name for name, module in state.hosts if now.get(name) is not module]
+    gone = [name for name, module in state.hosts if now.get(name) is not module]
+    sites = {site.name: site for p in reversed(state.placed.values()) for site, _ in p.adapter.placed}
+    return gone + [name for name, s in sites.items() if isinstance(s, ModuleSite) and s.resized]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class Columns:
 class PromptColumns:
     """Keys and values that a stack's virtual tokens left at one attention module in this call."""
 
-    def __init__(self, slot: Slot, key: int, name: str) -> None:
+    def __init__(self, slot: Slot, key: Hashable, name: str) -> None:
         self.slot, self.key, self.name = slot, key, name
 
     def __call__(self, at: At) -> KeyValues:

@@ -199,7 +199,7 @@ def _part(entry: dict[str, Any], allow: Sequence[str] | None) -> Part:
 
 def _not_installed(method: str, entry: dict[str, Any]) -> RegistryError:
     package = entry["distribution"]
-    known = bool(re.fullmatch(r"[A-Za-z0-9._-]{1,100}", package)) and method == entry["method"]
+    known = bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", package)) and method == entry["method"]
     return RegistryError(
         f"the checkpoint needs the method {ascii(method)[:100]}, which is not installed",
         saw=f"saved with {ascii(package)[:100]} {ascii(entry['version'])[:50]}",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from inlay.attach import place, start
-from inlay.errors import ConfigError
+from inlay.errors import ConfigError, shown
 from inlay.plan import build_adapter
 from inlay.registry import registry
 from inlay.stack import Placed, State
@@ -37,6 +38,11 @@ def combine(
             saw=f"how={how!r}, {len(weights)} adapters",
             do=f"how in {sorted(RULES)}",
         )
+    for source, weight in weights.items():
+        if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not math.isfinite(weight):
+            raise ConfigError(
+                "this is no weight of an adapter", saw=f"{source!r}: {shown(weight)}", do="give a finite number"
+            )
     sources = {n: state.find(n) for n in weights}
     _check_alike(sources)
     built = []

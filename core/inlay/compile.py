@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ def compile_table(state: State, stacks: Sequence[tuple[int, ...]], *, prompts: b
         attention=[_attention_program(state, p.site, plans, prompts) for p in state.attention_ports],
         blocks=[_output_program(state, p.site, plans) for p in state.block_ports],
     )
-    table.prepares = tuple(_prepares(state, plans, stacks, prompts))
+    table.prepares = tuple(_prepares(state, plans, prompts))
     table.reads_call = any(p.wants_call for p in plans)
     table.scoped = bool(table.prepares or taps or len(plans) > 1 or table.reads_call)
     return table
@@ -51,6 +51,7 @@ class StackPlan:
     """The deltas of one stack, by the module they act on, in stack order."""
 
     def __init__(self, state: State, stack: tuple[int, ...]) -> None:
+        self.stack = stack
         self.placed = [state.placed[i] for i in stack if not state.placed[i].merged]
         self.entries: dict[int, list[Entry]] = {}
         self.sequence: list[Entry] = []
@@ -134,12 +135,12 @@ def _attention_program(
     state: State, site: AttentionSite, plans: Sequence[StackPlan], prompts: bool
 ) -> Columns | RoutedColumns | None:
     programs: list[Columns | None] = []
-    for number, plan in enumerate(plans):
+    for plan in plans:
         entries = plan.at(site.module, AttentionSite)
         members: list[Any] = []
         if plan.sequence and prompts:
             placed, sequence, _ = plan.sequence[0]
-            columns = PromptColumns(state.slot, -1 - number, site.name)
+            columns = PromptColumns(state.slot, plan.stack, site.name)
             members.append((columns, At(sequence, state.slot, placed, None)))
         members += [(delta, At(site, state.slot, placed, None)) for placed, site, delta in entries]
         programs.append(Columns(members) if members else None)
@@ -170,14 +171,14 @@ def taps_of(plans: Sequence[StackPlan]) -> dict[int, list[tuple[str, int, str]]]
 
 
 def _prepares(
-    state: State, plans: Sequence[StackPlan], stacks: Sequence[tuple[int, ...]], prompts: bool
-) -> list[tuple[int, Callable[[Call], Any]]]:
-    found: dict[int, Callable[[Call], Any]] = {}
+    state: State, plans: Sequence[StackPlan], prompts: bool
+) -> list[tuple[Hashable, Callable[[Call], Any]]]:
+    found: dict[Hashable, Callable[[Call], Any]] = {}
     for plan in plans:
         found.update({p.id: p.prepare for p in plan.placed if p.method.prepares})
-    for number, plan in enumerate(plans):
+    for plan in plans:
         if plan.sequence and prompts:
-            found[-1 - number] = partial(_prompt, state, plan.sequence, stacks[number])
+            found[plan.stack] = partial(_prompt, state, plan.sequence, plan.stack)
     return list(found.items())
 
 

@@ -9,7 +9,7 @@ import copy
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -58,11 +58,12 @@ class Call:
         self, table: Table, slot: Slot, *, rows: tuple[int, ...] | None = None, tasks: Tensor | None = None
     ) -> None:
         self.table, self.programs, self.slot, self.rows, self.tasks = table, table.programs, slot, rows, tasks
-        self.prepared: dict[int, Mapping[str, Tensor]] = {}
+        self.prepared: dict[Hashable, Mapping[str, Tensor]] = {}
         self.batch: int | None = None
         self.recording: dict[str, tuple[Tensor, Tensor]] | None = None
         self.model: Any = None
         self._past: int | None = None
+        self._kept: dict[Any, Any] = {}
         self._args: tuple[Any, ...] = ()
         self._kwargs: dict[str, Any] = {}
         self._indices: dict[Any, Tensor] = {}
@@ -80,7 +81,7 @@ class Call:
             call._past = call.past_length  # now: the cache grows layer by layer while the call runs
         return call
 
-    def with_prepared(self, prepared: dict[int, Mapping[str, Tensor]]) -> Call:
+    def with_prepared(self, prepared: dict[Hashable, Mapping[str, Tensor]]) -> Call:
         """Return a copy of this call that reads other prepared tensors."""
         call = copy.copy(self)
         call.prepared = prepared
@@ -144,13 +145,13 @@ class Call:
 
     @property
     def store(self) -> dict[Any, Any]:
-        """A dict that lives as long as the cache of this generation; a fresh one where there is none.
+        """A dict that lives as long as the cache of this generation; without one, as long as this call.
 
         What is kept per row needs no reordering under beam search: beams only move within a sample,
         whose prompt they share.
         """
         cache = self.argument("past_key_values")
-        return {} if cache is None else self.slot.stores.setdefault(cache, {})
+        return self._kept if cache is None else self.slot.stores.setdefault(cache, {})
 
     def expanded_rows(self, size: int, name: str) -> tuple[int, ...]:
         """Return the stack of each of `size` rows; beams repeat the rows of the route k times."""
@@ -256,8 +257,8 @@ class At:
 
     @property
     def x(self) -> Tensor:
-        """What the sublayer or attention module reads (B, T, d)."""
-        return self.own(self.slot.taps[f"{self.site.name}/x"])
+        """What the attention module reads (B, T, d), for deltas that declare `reads = {"x"}`."""
+        return self.slot.taps[f"{self.site.name}/x"]
 
     @property
     def residual(self) -> Tensor:

@@ -174,7 +174,7 @@ def check_can_leave(modules: Iterable[tuple[str, nn.Module]]) -> None:
 def is_running(module: nn.Module) -> bool:
     """Return whether the module's forward is the one that runs when the module is called."""
     instance = module.__dict__.get("forward")
-    if instance is None:
+    if instance is None or _is_own_forward(module, instance):
         return True
     inner = module.__dict__.get("_old_forward")
     return getattr(inner, "__func__", None) is type(module).forward

@@ -23,16 +23,22 @@ def mask_of(placed: Placed) -> dict[str, bool]:
     return mask
 
 
-def apply(state: State) -> None:
-    """Set `requires_grad` of every parameter of the model."""
-    learning: set[int] = set()
+def learning(state: State) -> set[int]:
+    """Return the ids of the parameters that should learn: those the trainable parts' masks name."""
+    found: set[int] = set()
     for placed in state.placed.values():
         mask = mask_of(placed)
         if placed.trainable and not placed.merged:
-            learning |= {id(p) for name, p in placed.adapter.named_parameters() if mask[name]}
+            found |= {id(p) for name, p in placed.adapter.named_parameters() if mask[name]}
+    return found
+
+
+def apply(state: State) -> None:
+    """Set `requires_grad` of every parameter of the model."""
+    masked = learning(state)
     for parameter in state.model.parameters():
-        if parameter.requires_grad != (id(parameter) in learning):
-            parameter.requires_grad_(id(parameter) in learning)
+        if parameter.requires_grad != (id(parameter) in masked):
+            parameter.requires_grad_(id(parameter) in masked)
 
 
 def remember(model: nn.Module) -> dict[str, bool]:

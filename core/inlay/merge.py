@@ -286,8 +286,10 @@ def check_can_write(state: State, site: ModuleSite) -> None:
         reason = "it is quantised; merge into a model loaded without quantisation"
     elif type(weight.data).__name__ == "DTensor" or hasattr(weight, "placements"):
         reason = "its weight is sharded; merge before sharding, or load on one process"
+    elif stored(module, site.weight_name) is not stored(module, site.weight_name):
+        reason = "its weight is offloaded to disk; merge before offloading"
     else:
-        reason = _shared_with(state, site, weight)
+        reason = _shared_with(state, site)
     if reason:
         raise CannotMerge(
             "the weight cannot be written",
@@ -296,16 +298,17 @@ def check_can_write(state: State, site: ModuleSite) -> None:
         )
 
 
-def _shared_with(state: State, site: ModuleSite, weight: Tensor) -> str:
+def _shared_with(state: State, site: ModuleSite) -> str:
     """Return why writing would change another use of the same storage, or ""."""
-    if weight.device.type == "meta":
-        return ""
-    storage = weight.untyped_storage().data_ptr()
-    for name, parameter in state.model.named_parameters(remove_duplicate=False):
+    kept = stored(site.module, site.weight_name)
+    assert kept is not None
+    storage = kept.untyped_storage().data_ptr()
+    for name, _ in state.model.named_parameters(remove_duplicate=False):
         owner = state.model.get_submodule(name.rpartition(".")[0])
-        if owner is site.module or parameter.device.type == "meta":
+        if owner is site.module:
             continue
-        if parameter.untyped_storage().data_ptr() == storage != 0:
+        other = stored(owner, name.rpartition(".")[2])
+        if other is not None and other.untyped_storage().data_ptr() == storage != 0:
             return f"its storage is tied to {name}; untie them, or keep it attached"
     return ""
 

@@ -6,7 +6,7 @@ hot path holds no plugin call, no attribute probing and no search by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ class Table:
     programs: list[Any]
     attention: list[Any]
     blocks: list[Any]
-    prepares: tuple[tuple[int, Callable[[Any], Any]], ...] = ()
+    prepares: tuple[tuple[Hashable, Callable[[Any], Any]], ...] = ()
     scoped: bool = False
     reads_call: bool = False
 

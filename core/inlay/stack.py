@@ -19,6 +19,7 @@ from inlay.hosts import Deltas
 from inlay.method import Method
 from inlay.registry import registry
 from inlay.sites import Site
+from inlay.weights import stored_state
 
 if TYPE_CHECKING:
     from inlay.programs import Table
@@ -297,11 +298,11 @@ def need_state(model: nn.Module) -> State:
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the base's own tensors under their own names, as if nothing were attached or merged."""
     state = state_of(model)
-    tensors = model.state_dict()
+    tensors = stored_state(model)
     if state is None:
         return tensors
     own = _own_prefixes(state)
-    kept = {(id(module), name): tensor for module, name, tensor in state.merged_tensors}
+    kept = {(id(module), name): tensor for module, name, tensor in reversed(state.merged_tensors)}
     result = {}
     for key, tensor in tensors.items():
         if key.startswith(own):

@@ -97,8 +97,9 @@ def _by_role(anatomy: Anatomy, method: Method, role: str) -> list[Site]:
         return list(anatomy.block_sites()) if "block" in accepts else []
     if role == "head" and "parameter" in accepts:
         return _everything_under(anatomy, [s.module for s in anatomy.leaves if s.role == "head"])
-    roles = INSIDE.get(role, (role,))
-    return [s for s in anatomy.leaves if s.role in roles and s.kind in accepts]
+    roles = INSIDE.get(role.removeprefix("cross_"), (role,))
+    cross = role == "cross_attention"
+    return [s for s in anatomy.leaves if s.role in roles and s.kind in accepts and (s.cross or not cross)]
 
 
 def _everything_under(anatomy: Anatomy, modules: Iterable[object]) -> list[Site]:

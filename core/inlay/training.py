@@ -14,7 +14,7 @@ from inlay.adapter import Adapter
 from inlay.attach import refused_while_merged, sites_still_there
 from inlay.errors import RegistryError, StateError, TrainingError
 from inlay.registry import registry
-from inlay.stack import Placed, need_state
+from inlay.stack import Placed, State, need_state
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ def parameter_groups(model: nn.Module, lr: float | None = None) -> list[dict[str
     state = need_state(model)
     if any(p.merged for p in state.placed.values()):
         raise refused_while_merged(state, "parameter_groups")
+    _refuse_offloaded(state)
     groups: list[dict[str, Any]] = []
     for placed in state.placed.values():
         parameters = dict(placed.adapter.named_parameters())
@@ -132,10 +133,11 @@ def check_training(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
     gone = sites_still_there(state)
     if gone:
         raise TrainingError(
-            "modules with adapters were replaced after attaching, so those adapters have no effect",
+            "modules with adapters were replaced or resized after attaching",
             saw=f"{gone[0]} and {len(gone) - 1} more (resize_token_embeddings does this)",
             do="detach, change the model, attach again (inlay.save and inlay.load keep the weights)",
         )
+    _refuse_offloaded(state)
     names = {id(p): n for n, p in model.named_parameters()}
     learning = {id(p) for p in model.parameters() if p.requires_grad}
     own = {id(p) for _, _, p in state.own_parameters()}
@@ -144,6 +146,12 @@ def check_training(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
         learning - own,
         "a base tensor requires a gradient",
         "let inlay.set_trainable choose what learns",
+    )
+    _refuse(
+        names,
+        masks.learning(state) - learning,
+        "a tensor that should learn is frozen",
+        "model.requires_grad_ was called; inlay.set_trainable(model, ...) sets what learns again",
     )
     if not learning:
         raise TrainingError(
@@ -162,6 +170,17 @@ def check_training(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
             "call this after loss.backward(); is its adapter active, its site on the path?")  # fmt: skip
     with_grad = {id(p) for p in model.parameters() if p.grad is not None and not p.requires_grad}
     _refuse(names, with_grad, "a frozen tensor has a gradient", "clear stale gradients: model.zero_grad()")
+
+
+def _refuse_offloaded(state: State) -> None:
+    learning = ((p, n) for p, n, tensor in state.own_parameters() if tensor.requires_grad and tensor.is_meta)
+    gone = [f"{placed.path}: {name}" for placed, name in learning]
+    if gone:
+        raise TrainingError(
+            "trainable tensors are offloaded, and what is offloaded cannot learn",
+            saw=f"{gone[0]} ({len(gone)} in all)",
+            do="offload the base first, then attach (inlay.save and inlay.load keep the weights)",
+        )
 
 
 def _refuse(names: dict[int, str], wrong: Iterable[int], what: str, do: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import CannotMerge
+from inlay.sites.site import hooks_of
 
 if TYPE_CHECKING:
     from inlay.delta import Delta
@@ -30,9 +31,18 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
     tensor: Tensor | None = getattr(module, name, None)
     if tensor is None or tensor.device.type != "meta":
         return tensor
-    hook: Any = getattr(module, "_hf_hook", None)
-    kept: Tensor = tensor if hook is None or hook.weights_map is None else hook.weights_map[name]
-    return kept
+    maps = (getattr(hook, "weights_map", None) for hook in hooks_of(module))
+    return next((kept[name] for kept in maps if kept is not None), tensor)
+
+
+def stored_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's `state_dict()`, offloaded tensors read from where accelerate keeps them."""
+    state = module.state_dict()
+    for key, tensor in state.items():
+        if isinstance(tensor, Tensor) and tensor.device.type == "meta":
+            path, _, leaf = key.rpartition(".")
+            state[key] = stored(module.get_submodule(path), leaf)
+    return state
 
 
 def is_quantised(module: nn.Module) -> bool:

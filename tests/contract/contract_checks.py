@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+import inlay
 from inlay.authoring import Method, register
 from inlay.registry import registry
 from inlay.stack import Placed, need_state
 from inlay.testing.models import batch_for, build
 from inlay.testing.snapshot import differences, snapshot
-from torch import Tensor, nn
-
-import inlay
 
 Batch = dict[str, Any]
 
@@ -187,7 +187,7 @@ def uncached(model: nn.Module, batch: Batch, steps: int) -> Tensor:
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 __all__ = [
-    "GREEDY", "Batch", "batch_for", "build", "check_base_unmoved", "check_checkpointing", "check_detach",
-    "check_gradients", "check_round_trip", "check_routing", "gradients", "logits", "offered", "padded", "part",
-    "stir", "uncached",
+    "GREEDY", "Batch", "batch_for", "build", "check_base_unmoved", "check_checkpointing",
+    "check_detach", "check_gradients", "check_round_trip", "check_routing", "gradients", "logits",
+    "offered", "padded", "part", "stir", "uncached",
 ]  # fmt: skip

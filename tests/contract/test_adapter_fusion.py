@@ -22,14 +22,14 @@ from contract_checks import (
     part,
     stir,
 )
-from inlay.errors import AttachError, ConfigError, StateError
-from inlay.testing.snapshot import differences, snapshot
-from inlay_adapter import SerialAdapter
 from rehearsal.adapter_fusion import AdapterFusion
 from torch import nn
 from torch.nn import functional as F
 
 import inlay
+from inlay.errors import AttachError, ConfigError, StateError
+from inlay.testing.snapshot import differences, snapshot
+from inlay_adapter import SerialAdapter
 
 NAMES = ("mnli", "qqp", "sst")
 

@@ -22,6 +22,11 @@ from contract_checks import (
     part,
     stir,
 )
+from rehearsal.lt_sft import LTSFT
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import inlay
 from inlay.authoring import (
     Adapter,
     At,
@@ -41,11 +46,6 @@ from inlay.authoring import (
 from inlay.errors import StateError
 from inlay_lora import DoRA, LoRA
 from inlay_prefix import PrefixTuning
-from rehearsal.lt_sft import LTSFT
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-import inlay
 
 
 class Scaled(OutputDelta):
@@ -133,9 +133,12 @@ class Witness(OutputDelta):
         super().__init__()
         self.unit = nn.Parameter(torch.ones(1))
         self.seen: list[tuple[Any, ...]] = []
+        self.kept: list[tuple[int, int]] = []
 
     def forward(self, x: Tensor, y: Tensor, at: At) -> Tensor:
         real = at.real(y)
+        at.store["steps"] = at.store.get("steps", 0) + 1
+        self.kept.append((at.store.setdefault("who", id(self)), at.store["steps"]))
         self.seen.append((at.call.past_length, None if real is None else real.int().tolist()))
         return y.new_zeros(()) * self.unit
 
@@ -160,7 +163,7 @@ def _offered() -> Iterator[None]:
 
 
 def test_a_level_follows_shared_parts_that_learn() -> None:
-    """DoRA's norms are those of the weight below, which a shared vector changes without being the delta's own."""
+    """DoRA reads the weight below it, which a shared vector changes that is none of the delta's own."""
     model = build("llama")
     batch = batch_for(model, labels=True)
     inlay.attach(model, SharedVector() + DoRA(rank=2), "fr", seed=0)
@@ -252,6 +255,20 @@ def test_every_layer_is_told_the_same_about_a_call(options: dict[str, Any]) -> N
     model.generate(**padded(model, [4, 2]), max_new_tokens=3, do_sample=False, eos_token_id=None, **options)
     prompt = (0, [[1, 1, 1, 1], [0, 0, 1, 1]])
     assert witnessed(model) == [[prompt, (4, [[1], [1]]), (5, [[1], [1]])]] * 2
+
+
+def test_the_store_is_a_parts_own_at_a_site_and_lasts_one_generation() -> None:
+    model = build("llama")
+    for name in ("fr", "de"):
+        inlay.attach(model, Witnesses(), name)
+    for _ in range(2):
+        model.generate(**padded(model, [4, 2]), max_new_tokens=3, do_sample=False, eos_token_id=None)
+    for name in ("fr", "de"):
+        for _, delta in part(model, name).adapter.placed:
+            assert delta.kept == [(id(delta), step) for step in (1, 2, 3)] * 2
+            delta.kept.clear()
+    logits(model, batch_for(model))
+    assert delta.kept == [(id(delta), 1)]
 
 
 def test_a_routed_delta_is_told_about_its_own_rows() -> None:

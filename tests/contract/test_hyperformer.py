@@ -22,12 +22,12 @@ from contract_checks import (
     part,
     stir,
 )
-from inlay.errors import RoutingError
 from rehearsal.hyperformer import Generated, Hyperformer, Network
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import inlay
+from inlay.errors import RoutingError
 
 SMALL = {"tasks": 3, "reduction": 8, "embedding": 4, "hidden": 6, "projected": 5}
 
@@ -73,7 +73,7 @@ def test_matches_plain_hooks_per_task(family: str, variant: str) -> None:
     batch = batch_for(model)
     tasks = [2, 0, 2]
     adapter = part(model, "fr").adapter
-    there = {n: m for n, m in reference.named_modules()}
+    there = dict(reference.named_modules())
     names = {id(m): n for n, m in model.named_modules()}
     for site, _ in adapter.placed:
 

@@ -25,11 +25,11 @@ from contract_checks import (
     part,
     stir,
 )
-from inlay.context import At, Slot
 from rehearsal.loreft import LoReFT, chosen
 from torch import Tensor, nn
 
 import inlay
+from inlay.context import At, Slot
 
 METHOD = LoReFT(rank=3, first=2, last=1)
 
@@ -163,8 +163,11 @@ def test_untied_edits_equal_tied_ones_with_the_same_values() -> None:
         torch.testing.assert_close(logits(model, batch), wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static", "disable_compile": True}],
-                         ids=["greedy", "beams", "static"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"cache_implementation": "static", "disable_compile": True}],
+    ids=["greedy", "beams", "static"],
+)
 def test_generation_edits_the_prompt_once(options: dict[str, Any]) -> None:
     """Decode steps run bare: generation equals one where only the prompt's blocks were edited."""
     model, reference = build("llama"), build("llama")

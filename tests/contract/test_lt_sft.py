@@ -22,12 +22,12 @@ from contract_checks import (
     part,
     stir,
 )
-from inlay.authoring.trained import shapes
-from inlay.errors import CheckpointError, StateError
 from rehearsal.lt_sft import LTSFT
 from torch import Tensor, nn
 
 import inlay
+from inlay.authoring.trained import shapes
+from inlay.errors import CheckpointError, StateError
 
 METHOD = LTSFT(count=40, targets=("embedding", "query", "down"), l1=0.0)
 

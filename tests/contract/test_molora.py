@@ -26,14 +26,14 @@ from contract_checks import (
     stir,
     uncached,
 )
-from inlay.authoring import Adapter, hookimpl
-from inlay_adapter import SerialAdapter
-from inlay_lora import LoRA
-from inlay_scaling import IA3
 from rehearsal.molora import MoLORA
 from torch import nn
 
 import inlay
+from inlay.authoring import Adapter, hookimpl
+from inlay_adapter import SerialAdapter
+from inlay_lora import LoRA
+from inlay_scaling import IA3
 
 EXPERT = LoRA(rank=2, alpha=16, targets=("query", "value", "down"))
 METHOD = MoLORA(expert=EXPERT, experts=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ from contract_checks import (
     stir,
     uncached,
 )
-from inlay.errors import TargetError
-from inlay_lora import LoRA
+from rehearsal.hyperformer import Hyperformer
 from rehearsal.prompt_tuning import PromptTuning
 from torch import Tensor, nn
 
 import inlay
+from inlay.errors import TargetError
+from inlay_lora import LoRA
 
 METHOD = PromptTuning(length=4)
 WORDS = torch.tensor([11, 7, 29, 50])
@@ -147,6 +149,41 @@ def test_cached_generation_equals_uncached() -> None:
     assert torch.equal(got, uncached(model, batch, 6))
     with inlay.use(model):
         assert not torch.equal(got, uncached(model, batch, 6))
+
+
+def test_choosing_another_prompt_on_one_cache() -> None:
+    """What is kept for a generation is kept per stack, not per place in a route."""
+    from transformers import DynamicCache
+
+    model = build("llama")
+    for name in ("fr", "de"):
+        inlay.attach(model, PromptTuning(length=3), name, seed=len(name))
+        stir(model, name, seed=ord(name[0]), std=1.0)
+    ids = batch_for(model)["input_ids"]
+    cache = DynamicCache(config=model.config)
+    with inlay.use(model, "fr"):
+        logits(model, {"input_ids": ids[:, :4], "past_key_values": cache})
+    fresh = copy.deepcopy(cache)
+    with inlay.use(model, "de"):
+        got = logits(model, {"input_ids": ids[:, 4:], "past_key_values": cache})
+        assert torch.equal(got, logits(model, {"input_ids": ids[:, 4:], "past_key_values": fresh}))
+
+
+def test_tasks_give_every_row_its_own_prompt() -> None:
+    """A stack in which the rows pass through a method that reads the task: as if prepended row by row."""
+    hyper = Hyperformer(tasks=3, reduction=8, embedding=4, hidden=6, projected=5)
+    model, reference = build("llama"), build("llama")
+    with offered(Hyperformer):
+        inlay.attach(model, hyper + METHOD, "fr", seed=0)
+        stir(model, "fr", std=0.2)
+        inlay.attach(reference, hyper, "fr", seed=0)
+        part(reference, "fr").adapter.shared.load_state_dict(part(model, "fr").adapter.shared.state_dict())
+    batch, rows = batch_for(model), prompt_of(model, "fr/prompt_tuning")
+    with inlay.route(model, "fr", tasks=[2, 0, 1]):
+        got = logits(model, batch)
+    with inlay.route(reference, "fr", tasks=[2, 0, 1]), torch.no_grad():
+        wanted = really_prepended(reference, batch, rows)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_the_rows_run_once_per_generation() -> None:

@@ -10,8 +10,8 @@ import pytest
 
 LIMIT = 80
 METHODS = sorted(p for p in (Path(__file__).parent / "rehearsal").glob("*.py") if p.stem != "__init__")
-NOISE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
-         tokenize.ENCODING}  # fmt: skip
+NOISE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+         tokenize.ENDMARKER, tokenize.ENCODING}  # fmt: skip
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -51,9 +51,27 @@ def test_only_the_authoring_surface(path: Path) -> None:
         assert not wrong, f"{path.name} imports {wrong}"
 
 
+SAMPLE = '''"""Doc."""
+
+# comment
+from a import (
+    b,
+    c,
+)
+x = (
+    1,
+)
+
+
+def f():
+    """Doc
+    of two lines."""
+    return x  # why
+'''
+
+
 def test_the_counter_sees_code_and_nothing_else(tmp_path: Path) -> None:
+    """One import, three lines of x, two of f."""
     file = tmp_path / "sample.py"
-    file.write_text(
-        '"""Doc."""\n\n# comment\nx = (\n    1,\n)\n\ndef f():\n    """Doc\n    two."""\n    return x  # why\n'
-    )
-    assert lines_of_code(file) == 5
+    file.write_text(SAMPLE)
+    assert lines_of_code(file) == 6

@@ -26,15 +26,15 @@ from contract_checks import (
     stir,
     uncached,
 )
-from inlay.errors import TargetError
-from inlay_adapter import SerialAdapter
-from inlay_lora import LoRA
-from inlay_prefix import PrefixTuning
 from rehearsal.unipelt import GatedColumns, UniPELT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import inlay
+from inlay.errors import TargetError
+from inlay_adapter import SerialAdapter
+from inlay_lora import LoRA
+from inlay_prefix import PrefixTuning
 
 LORA = LoRA(rank=2, alpha=2)
 SERIAL = SerialAdapter(placement="pfeiffer", rank=3)
@@ -92,7 +92,7 @@ def test_counts_of_bert_base() -> None:
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_lora_and_adapter_match_plain_hooks(family: str) -> None:
-    """Post-norm (the adapter's gate reads LN(f + a)) and pre-norm (f + a); padding is left out of the mean."""
+    """The adapter's gate reads LN(f + a), or without a norm f + a; no mean runs over padding."""
     model, reference = attached(family, UniPELT(lora=LORA, adapter=SERIAL)), build(family)
     batch = padded(model, [7, 2, 5], left=family == "llama")
     real, found = batch["attention_mask"].bool(), gates(model)

@@ -105,3 +105,12 @@ def test_every_decision_is_listed_and_says_why_and_what_it_costs() -> None:
     assert [p.name for p in pages] == re.findall(r"\((\d{4}-[\w-]+\.md)\)", (folder / "index.md").read_text())
     for page in pages:
         assert all(f"**{word}.**" in page.read_text() for word in ("Decided", "Why", "Costs")), page.name
+
+
+def test_every_method_has_a_page_that_the_index_lists() -> None:
+    ours = {
+        o.name for found in registry.origins().values() for o in found if o.distribution.startswith("inlay-")
+    }
+    index = (ROOT / "docs" / "index.md").read_text()
+    assert len(ours) >= 10
+    assert {name for name in ours if f"](methods/{name}.md)" not in index} == set()

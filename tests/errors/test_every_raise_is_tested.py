@@ -41,7 +41,10 @@ class Message:
         pattern = ".*".join(re.escape(piece) for piece in self.pieces)
         if len("".join(self.pieces)) >= LEAST and re.search(pattern, text):
             return True
-        return any(text.strip() in piece and len(text.strip()) >= min(LEAST, len(piece.strip())) for piece in self.pieces)
+        return any(
+            text.strip() in piece and len(text.strip()) >= min(LEAST, len(piece.strip()))
+            for piece in self.pieces
+        )
 
     def __str__(self) -> str:
         return f"{self.place}: {'…'.join(self.pieces)}"
@@ -69,7 +72,11 @@ def words(node: ast.AST, inside: str) -> Iterator[ast.expr]:
         yield node.value
     elif isinstance(node, ast.Return) and inside in REASONING and node.value is not None:
         yield node.value
-    elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and getattr(node.exc.func, "id", "") not in KINDS:
+    elif (
+        isinstance(node, ast.Raise)
+        and isinstance(node.exc, ast.Call)
+        and getattr(node.exc.func, "id", "") not in KINDS
+    ):
         yield from node.exc.args[:1]
 
 
@@ -136,4 +143,9 @@ def test_bare_exceptions_are_not_raised() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                 name = getattr(node.exc.func, "id", getattr(node.exc.func, "attr", ""))
-                assert name in KINDS | allowed | {*MAKERS, "refused_while_merged", "_nothing", "_not_installed"}, (path, name)
+                assert name in KINDS | allowed | {
+                    *MAKERS,
+                    "refused_while_merged",
+                    "_nothing",
+                    "_not_installed",
+                }, (path, name)

@@ -240,7 +240,9 @@ def test_a_sharded_weight_is_refused() -> None:
         model = nn.Sequential(nn.Linear(4, 4))
         inlay.attach(model, LoRA(targets=["0"]), "fr")
         mesh = init_device_mesh("cpu", (1,))
-        model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, [Shard(0)]), requires_grad=False)
+        model[0].weight = nn.Parameter(
+            distribute_tensor(model[0].weight.detach(), mesh, [Shard(0)]), requires_grad=False
+        )
         with refused(CannotMerge, r"the weight cannot be written[\s\S]*its weight is sharded"):
             inlay.merge(model)
     finally:
@@ -250,7 +252,9 @@ def test_a_sharded_weight_is_refused() -> None:
 # -- what needs the weight below it --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("below", [Bend(targets=["query"]), Bend(input=True, targets=["query"])], ids=["output", "input"])
+@pytest.mark.parametrize(
+    "below", [Bend(targets=["query"]), Bend(input=True, targets=["query"])], ids=["output", "input"]
+)
 def test_dora_above_a_member_without_weight_form_is_refused(below: Method) -> None:
     model = build("llama")
     match = r"'fr/dora' needs the weight below it, and 'fr/bend' has none there[\s\S]*above Curved"
@@ -258,7 +262,9 @@ def test_dora_above_a_member_without_weight_form_is_refused(below: Method) -> No
         inlay.attach(model, below + DoRA(), "fr")
     assert "stack 'bend' after 'dora', or give them different targets" in caught.error.do
     inlay.attach(model, below, "de")
-    with refused(AttachError, r"'fr/dora' needs the weight below it, and 'de/bend' has none there", model=model):
+    with refused(
+        AttachError, r"'fr/dora' needs the weight below it, and 'de/bend' has none there", model=model
+    ):
         inlay.attach(model, DoRA(), "fr")
     inlay.attach(model, DoRA(targets=["value"]), "it")  # elsewhere it may stand
     inlay.attach(model, DoRA(), "es", activate=False)  # and here, as long as both are not used together
@@ -299,8 +305,19 @@ def test_everything_undefined_while_merged_is_refused(tmp_path: Any) -> None:
         "check_training": lambda: inlay.check_training(model),
         "advance": lambda: inlay.advance(model, "fr"),
     }.items():
-        with refused(MergedError, rf"{verb} is undefined while adapters are merged[\s\S]*'fr/lora'", model=model, folder=tmp_path):
+        with refused(
+            MergedError,
+            rf"{verb} is undefined while adapters are merged[\s\S]*'fr/lora'",
+            model=model,
+            folder=tmp_path,
+        ):
             use()
-    for choose in (lambda: inlay.use(model), lambda: inlay.use(model, "de"), lambda: inlay.route(model, ["fr", None])):
-        with refused(MergedError, "this choice leaves out adapters that are merged into the base", model=model):
+    for choose in (
+        lambda: inlay.use(model),
+        lambda: inlay.use(model, "de"),
+        lambda: inlay.route(model, ["fr", None]),
+    ):
+        with refused(
+            MergedError, "this choice leaves out adapters that are merged into the base", model=model
+        ):
             choose()

@@ -23,7 +23,22 @@ BAD = {
     "no width": "f\u200br", "half a character": "fr\ud800", "a line separator": "fr\u2028",
     "too long": "x" * (MAX_NAME + 1), "a number": 5, "nothing": None, "bytes": b"fr", "a list": ["fr"],
 }  # fmt: skip
-GOOD = ["fr", "größe", "日本", "a b", "..", ".", "0", "inlay.json", "[bold]", "'", '"', "x" * MAX_NAME, "a:b", "*"]
+GOOD = [
+    "fr",
+    "größe",
+    "日本",
+    "a b",
+    "..",
+    ".",
+    "0",
+    "inlay.json",
+    "[bold]",
+    "'",
+    '"',
+    "x" * MAX_NAME,
+    "a:b",
+    "*",
+]
 
 
 @pytest.fixture(scope="module")

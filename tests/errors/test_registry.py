@@ -54,7 +54,9 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     """Return a function that puts a distribution with entry points and one module on sys.path."""
     made: list[str] = []
 
-    def install(distribution: str, code: str, *, group: str = GROUP, version: str = "1.0", **entries: str) -> Path:
+    def install(
+        distribution: str, code: str, *, group: str = GROUP, version: str = "1.0", **entries: str
+    ) -> Path:
         folder = tmp_path / distribution
         info = folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
         info.mkdir(parents=True)
@@ -82,7 +84,9 @@ def base() -> nn.Module:
 
 @pytest.mark.parametrize("name", ["loar", "vera", "__import__", "LoRA", "lora "])
 def test_an_unknown_method_names_packages(name: str) -> None:
-    with refused(RegistryError, rf"no installed package offers the method '{name}'[\s\S]*pip install .*inlay-\*") as caught:
+    with refused(
+        RegistryError, rf"no installed package offers the method '{name}'[\s\S]*pip install .*inlay-\*"
+    ) as caught:
         registry.get(name)
     assert "lora" in caught.error.saw
     with refused(RegistryError, "no installed package offers"):
@@ -115,7 +119,10 @@ def test_a_package_that_is_found_works(install: Install, base: nn.Module, tmp_pa
     ("code", "match"),
     [
         ("raise RuntimeError('no driver found')", "RuntimeError: no driver found in broken-pack 1.0"),
-        ("import a_module_that_is_not_there", "ModuleNotFoundError: .*a_module_that_is_not_there.* in broken-pack 1.0"),
+        (
+            "import a_module_that_is_not_there",
+            "ModuleNotFoundError: .*a_module_that_is_not_there.* in broken-pack 1.0",
+        ),
         ("x = = 1", "SyntaxError: .* in broken-pack 1.0"),
         ("import sys; sys.exit(3)", "SystemExit: 3 in broken-pack 1.0"),
         ("Nothing = 1", "AttributeError: .*Shift.* in broken-pack 1.0"),
@@ -129,7 +136,11 @@ def test_a_plugin_that_fails_to_import_hurts_only_itself(
     assert "broken" in inlay.methods()
     assert registry.get("lora") is LoRA
     inlay.plan(base, LoRA(targets=["0"]))
-    with refused(RegistryError, rf"method 'broken' failed to import[\s\S]*{match}[\s\S]*fix or reinstall broken-pack", model=base):
+    with refused(
+        RegistryError,
+        rf"method 'broken' failed to import[\s\S]*{match}[\s\S]*fix or reinstall broken-pack",
+        model=base,
+    ):
         inlay.attach(base, "broken")
     with refused(RegistryError, "method 'broken' failed to import", model=base):
         inlay.attach(base, "lora(targets=['0']) + broken")
@@ -170,7 +181,10 @@ def test_one_of_two_can_be_chosen(install: Install, monkeypatch: pytest.MonkeyPa
 def test_plugins_left_out_are_not_found_and_the_error_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INLAY_LOAD_PLUGINS", "")
     assert sorted(Registry().methods()) == ["trained"]  # core's own
-    with refused(RegistryError, r"no installed package offers the method 'lora'[\s\S]*INLAY_LOAD_PLUGINS='' hides others"):
+    with refused(
+        RegistryError,
+        r"no installed package offers the method 'lora'[\s\S]*INLAY_LOAD_PLUGINS='' hides others",
+    ):
         Registry().get("lora")
 
 
@@ -210,7 +224,9 @@ class Good(Method):
 
 def method(name: str, **attributes: Any) -> Method:
     """Return an instance of a fresh subclass of Good with the given attributes."""
-    kind = dataclass(frozen=True)(type(name, (Good,), {"id": name.lower(), "__module__": __name__, **attributes}))
+    kind = dataclass(frozen=True)(
+        type(name, (Good,), {"id": name.lower(), "__module__": __name__, **attributes})
+    )
     return kind()
 
 
@@ -312,7 +328,9 @@ def test_a_method_without_a_delta_is_refused(base: nn.Module) -> None:
 
 def answering(name: str, answer: Any) -> dict[str, Any]:
     """Return a hook `name` that gives `answer`."""
-    parameters = {"inject": "method, sites, adapter", "parameter_groups": "method, adapter, lr"}.get(name, "method, adapter")
+    parameters = {"inject": "method, sites, adapter", "parameter_groups": "method, adapter, lr"}.get(
+        name, "method, adapter"
+    )
     namespace: dict[str, Any] = {"answer": answer}
     exec(f"def {name}({parameters}): return answer", namespace)
     return {name: hook(namespace[name])}
@@ -343,7 +361,9 @@ ANSWERS = {
 @pytest.mark.parametrize(
     ("name", "answer"), [(n, a) for n, answers in ANSWERS.items() for a in answers], ids=lambda v: str(v)[:20]
 )
-def test_an_answer_of_the_wrong_type_is_refused(name: str, answer: Any, base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_of_the_wrong_type_is_refused(
+    name: str, answer: Any, base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     broken = method("Odd", **answering(name, answer))
     _LAST[:] = [broken]
@@ -356,7 +376,9 @@ def test_an_answer_of_the_wrong_type_is_refused(name: str, answer: Any, base: nn
 
 def test_a_mask_of_other_names_is_refused(base: nn.Module) -> None:
     for mask in ({}, {"0.value": True, "1.value": True}, {"value": True}):
-        with refused(RegistryError, "the trainable mask of 'odd' does not name the adapter's parameters", model=base):
+        with refused(
+            RegistryError, "the trainable mask of 'odd' does not name the adapter's parameters", model=base
+        ):
             inlay.attach(base, method("Odd", **answering("trainable_mask", mask)))
 
 
@@ -365,7 +387,11 @@ def test_groups_that_miss_a_parameter_are_refused(base: nn.Module) -> None:
         groups = [Group(names, 1e-3)]
         model = nn.Sequential(nn.Linear(3, 4))
         inlay.attach(model, method("Odd", **answering("parameter_groups", groups)))
-        with refused(RegistryError, "the parameter groups of 'odd' do not cover its trainable parameters once", model=model):
+        with refused(
+            RegistryError,
+            "the parameter groups of 'odd' do not cover its trainable parameters once",
+            model=model,
+        ):
             inlay.parameter_groups(model)
 
 
@@ -386,7 +412,11 @@ def test_a_fold_of_another_shape_is_refused(fold: Any, match: str, base: nn.Modu
             return {site: fold for site in adapter.sites}
 
     inlay.attach(base, dataclass(frozen=True)(Odd)())
-    with refused(RegistryError, rf"the fold of 'odd' does not give a weight and bias of the layer's {match}", model=base):
+    with refused(
+        RegistryError,
+        rf"the fold of 'odd' does not give a weight and bias of the layer's {match}",
+        model=base,
+    ):
         inlay.merge(base)
 
 
@@ -412,7 +442,9 @@ def test_inlays_own_errors_carry_it_too(base: nn.Module) -> None:
     conv = nn.Sequential(nn.Embedding(3, 4))
     object.__setattr__(kind, "targets", ("0",))
     type(kind).accepts = frozenset({"embedding"})  # type: ignore[misc]
-    with refused(InlayError, "a embedding site cannot carry a delta with the input face", model=conv) as caught:
+    with refused(
+        InlayError, "a embedding site cannot carry a delta with the input face", model=conv
+    ) as caught:
         inlay.attach(conv, kind)
     assert "in its hook 'inject'" in caught.error.__notes__[0]
 
@@ -502,11 +534,18 @@ class WrapsNothing: ...
 
 @pytest.mark.parametrize(
     ("observer", "match"),
-    [(Answers(), "inject does not wrap"), (Misspells(), "'injekt' is not a hook"), (WrapsNothing(), "it wraps no hook")],
+    [
+        (Answers(), "inject does not wrap"),
+        (Misspells(), "'injekt' is not a hook"),
+        (WrapsNothing(), "it wraps no hook"),
+    ],
 )
 def test_what_cannot_observe_is_refused(observer: Any, match: str, base: nn.Module) -> None:
     watching = Counter()
-    with refused(RegistryError, rf"this cannot observe hooks[\s\S]*{match}"), inlay.observe(watching, observer):
+    with (
+        refused(RegistryError, rf"this cannot observe hooks[\s\S]*{match}"),
+        inlay.observe(watching, observer),
+    ):
         pass
     inlay.plan(base, method("Fine"))
     assert watching.seen == []  # the one before it was not left behind
@@ -516,14 +555,18 @@ def test_what_cannot_observe_is_refused(observer: Any, match: str, base: nn.Modu
 
 def test_an_unknown_observer_is_refused(install: Install) -> None:
     install("acme-note", OBSERVER, group=OBSERVERS, note="acme_note:Note")
-    with refused(RegistryError, r"no installed package offers the observer 'noet'[\s\S]*observers here: note"):
+    with refused(
+        RegistryError, r"no installed package offers the observer 'noet'[\s\S]*observers here: note"
+    ):
         with inlay.observe("noet"):
             pass
 
 
 def test_an_observer_that_fails_to_import_is_named(install: Install) -> None:
     install("acme-note", "1 / 0", group=OBSERVERS, version="0.9", note="acme_note:Note")
-    match = r"the observer 'note' failed to import[\s\S]*ZeroDivisionError: division by zero in acme-note 0\.9"
+    match = (
+        r"the observer 'note' failed to import[\s\S]*ZeroDivisionError: division by zero in acme-note 0\.9"
+    )
     with refused(RegistryError, match), inlay.observe("note"):
         pass
 
@@ -572,4 +615,3 @@ def test_settings_of_a_class_are_checked_before_its_code_runs(install: Install, 
     install("acme-shift", SHIFT.format(name="shift"), shift="acme_shift:Shift")
     with refused(InlayError, "Shift: size is out of range", model=base):
         inlay.attach(base, "shift(size=0)")
-

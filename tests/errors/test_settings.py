@@ -83,7 +83,9 @@ def test_a_value_of_the_wrong_type_is_refused(kind: type[Method], field: datacla
     values = list(wrong_values(_hints(kind)[field.name]))
     assert len(values) >= 4
     for value in values:
-        with refused(ConfigError, rf"{kind.__name__}: {field.name} (has the wrong type or value|is out of range)"):
+        with refused(
+            ConfigError, rf"{kind.__name__}: {field.name} (has the wrong type or value|is out of range)"
+        ):
             kind(**{field.name: value})
 
 
@@ -101,7 +103,9 @@ def test_a_number_out_of_range_is_refused(kind: type[Method], field: dataclasses
 
 
 @pytest.mark.parametrize(("kind", "field"), FIELDS)
-def test_a_misspelt_setting_is_refused_with_the_right_one(kind: type[Method], field: dataclasses.Field[Any]) -> None:
+def test_a_misspelt_setting_is_refused_with_the_right_one(
+    kind: type[Method], field: dataclasses.Field[Any]
+) -> None:
     wrong = field.name[:-2] + field.name[:-3:-1] + "x"
     match = rf"{kind.__name__} has no setting '{wrong}'[\s\S]*did you mean .*'{field.name}'"
     with refused(ConfigError, match):
@@ -179,6 +183,12 @@ def test_methods_inside_settings_come_back() -> None:
 
 def test_settings_in_text_leave_the_model_alone() -> None:
     model = build("llama")
-    for text in ("lora(rank=0)", "lora(rnak=8)", "lora(rank='8')", "lora(dropout=1.0)", "lora + lora(rank=None)"):
+    for text in (
+        "lora(rank=0)",
+        "lora(rnak=8)",
+        "lora(rank='8')",
+        "lora(dropout=1.0)",
+        "lora + lora(rank=None)",
+    ):
         with refused(ConfigError, "LoRA", model=model):
             inlay.attach(model, text)

@@ -127,7 +127,15 @@ def test_a_model_is_untouched_by_text_that_is_refused() -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text(max_size=40) | st.lists(st.sampled_from(["lora", "ia3", "(", ")", "+", ".named", "'a'", "rank=", "8", ",", "**", "[", "]", " "]), max_size=12).map("".join))
+@given(
+    st.text(max_size=40)
+    | st.lists(
+        st.sampled_from(
+            ["lora", "ia3", "(", ")", "+", ".named", "'a'", "rank=", "8", ",", "**", "[", "]", " "]
+        ),
+        max_size=12,
+    ).map("".join)
+)
 def test_any_text_is_a_stack_or_an_error_in_three_beats(text: str) -> None:
     try:
         stack = parse(text)

@@ -129,7 +129,9 @@ def test_a_site_of_another_model_is_refused() -> None:
         by_name(Anatomy(MODELS["bert"]), LoRA(), ["model.layers.0.self_attn.q_proj"])
 
 
-NAMES = sorted({part for model in MODELS.values() for name, _ in model.named_modules() for part in name.split(".")})
+NAMES = sorted(
+    {part for model in MODELS.values() for name, _ in model.named_modules() for part in name.split(".")}
+)
 
 
 @settings(max_examples=60, deadline=None)

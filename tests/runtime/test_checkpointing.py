@@ -93,7 +93,9 @@ def equal(found: Gradients, expected: Gradients) -> None:
     whole = torch.cat([expected[n].flatten() for n in expected])
     assert distance(torch.cat([found[n].flatten() for n in expected]), whole) < CLOSE
     for name, gradient in expected.items():
-        assert (found[name] - gradient).norm() <= CLOSE * max(float(gradient.norm()), 1e-3 * float(whole.norm())), name
+        assert (found[name] - gradient).norm() <= CLOSE * max(
+            float(gradient.norm()), 1e-3 * float(whole.norm())
+        ), name
 
 
 @KINDS

@@ -98,7 +98,12 @@ def test_nothing_of_a_prefix_enters_the_cache(family: str) -> None:
 
 
 def generated(model: nn.Module, ids: Tensor, **options: Any) -> Any:
-    settings = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    settings = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     return model.generate(input_ids=ids, **{**settings, **options})
 
 
@@ -111,7 +116,9 @@ def same_generation(a: Any, b: Any) -> None:
     assert distance(logits_of(a), logits_of(b)) < CLOSE
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "repetition_penalty": 1.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"num_beams": 2, "repetition_penalty": 1.5}], ids=str
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate_with_a_cache_equals_without(family: str, options: dict[str, Any]) -> None:
     model, ids = adapted(family, STACKS["all"]), tokens(length=7)
@@ -150,7 +157,11 @@ def test_left_padded_rows_equal_each_row_alone(family: str, stack: str, cache: s
         assert distance(logits_of(together)[row], logits_of(alone)[0]) < CLOSE
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 3, "output_scores": True}], ids=["greedy", "beams"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3, "num_return_sequences": 3, "output_scores": True}],
+    ids=["greedy", "beams"],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_route_serves_every_row_and_all_its_beams(family: str, options: dict[str, Any]) -> None:
     """n names serve k·n beams: each row gets what it gets alone under its own stack."""
@@ -175,7 +186,10 @@ def test_a_route_serves_every_row_and_all_its_beams(family: str, options: dict[s
 
 def test_a_route_that_does_not_divide_the_batch_is_refused() -> None:
     model = adapted("llama", LORA)
-    with inlay.route(model, ["a", None]), pytest.raises(RoutingError, match="leading size 3, the route names 2 rows"):
+    with (
+        inlay.route(model, ["a", None]),
+        pytest.raises(RoutingError, match="leading size 3, the route names 2 rows"),
+    ):
         model(input_ids=tokens(rows=3))
 
 

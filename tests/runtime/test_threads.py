@@ -24,7 +24,16 @@ STACKS = {
     "c": "serial_adapter(rank=8) + ia3()",
     "d": "ia3() + lora(rank=2) + prefix_tuning(length=2, hidden=16)",
 }
-ROUTES: list[Any] = [["a", "b", None], ["b", "c", "d"], "c", ["d", "d", "a"], None, [("a", "b"), "c", "a"], "d", "b"]
+ROUTES: list[Any] = [
+    ["a", "b", None],
+    ["b", "c", "d"],
+    "c",
+    ["d", "d", "a"],
+    None,
+    [("a", "b"), "c", "a"],
+    "d",
+    "b",
+]
 ROUNDS = 15
 CLOSE = 1e-5
 

@@ -103,7 +103,8 @@ def project_files() -> list[Path]:
     if listed.returncode == 0:
         paths = [ROOT / name for name in listed.stdout.split("\0") if name]
     else:
-        paths = [p for p in ROOT.rglob("*") if not any(part.startswith(".venv") for part in p.parts)]
+        hidden = re.compile(r"(^|/)(\.(?!ci/)|__pycache__)")
+        paths = [p for p in ROOT.rglob("*") if not hidden.search(p.relative_to(ROOT).as_posix())]
     kinds = {".py", ".md", ".toml", ".txt", ".json", ".yml", ".yaml", ".cfg", ""}
     return [p for p in paths if p.is_file() and p.suffix in kinds]
 

@@ -10,16 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import inlay
 import torch
-from inlay import InlayError
-from inlay_train import data, encoder, learning
-from inlay_train.encoder import Encoded, accuracy, logits
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
+
+import inlay
+from inlay import InlayError
+from inlay_train import data, encoder, learning
+from inlay_train.encoder import Encoded, accuracy, logits
 
 NAME = "docstrings"
 STACK = 'lora(rank=8, alpha=16.0, targets=["linear"]) + p_tuning_v2(length=8)'
@@ -60,7 +60,9 @@ def run(output: Path, recipe: Recipe | None = None, console: Console | None = No
 
     Raises `InlayError` if the loaded or the merged model does not do what the trained one does.
     """
-    recipe, console, start = recipe or Recipe(), console or Console(highlight=False), time.monotonic()
+    recipe, console = recipe or Recipe(), console or Console(highlight=False, soft_wrap=True)
+    start = time.monotonic()
+    make_folder(output)
     learn, held = texts(recipe, console)
     model = encoder.load(recipe.seed)
     report = baseline(model, learn, held, recipe, console)
@@ -79,21 +81,29 @@ def run(output: Path, recipe: Recipe | None = None, console: Console | None = No
     return report
 
 
+def make_folder(output: Path) -> None:
+    """Make the output folder before anything takes time."""
+    if output.exists() and not output.is_dir():
+        raise InlayError("the output is not a folder", saw=f"{output}", do="choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
+
+
 def texts(recipe: Recipe, console: Console) -> tuple[Encoded, Encoded]:
     """Return the docstrings to learn from and those held out, as tokens; show one of them."""
     learn, held = data.split(data.docstrings(recipe.most))
     if recipe.validation:
         learn, held = data.split(learn)
     console.rule("Which package of Python's standard library does a docstring come from?")
-    console.print(f"{len(learn)} docstrings to learn from, {len(held)} held out, of {', '.join(data.PACKAGES)}")
+    console.print(
+        f"{len(learn)} docstrings to learn from, {len(held)} held out, of {', '.join(data.PACKAGES)}"
+    )
     shortest = min(range(len(held)), key=lambda i: len(held.texts[i]))
-    console.print(f"such as: {escape(held.texts[shortest])!r} → {data.PACKAGES[held.labels[shortest]]}")
+    package = data.PACKAGES[held.labels[shortest]]
+    console.print(f"such as: {held.texts[shortest]!r} → {package}", markup=False)
     return encoder.encode(learn), encoder.encode(held)
 
 
-def baseline(
-    model: nn.Module, learn: Encoded, held: Encoded, recipe: Recipe, console: Console
-) -> Report:
+def baseline(model: nn.Module, learn: Encoded, held: Encoded, recipe: Recipe, console: Console) -> Report:
     """Measure the untrained model, and the best head on the frozen model's features, computed once."""
     size = sum(p.numel() for p in model.parameters())
     console.print(f"model: {encoder.PACKAGE}, {size / 1e6:.1f} M parameters; measuring it as it is …")
@@ -110,13 +120,11 @@ def baseline(
 
 def attach_and_train(model: nn.Module, learn: Encoded, recipe: Recipe, console: Console) -> None:
     """Attach the stack with a trained head and let it learn, with a progress bar."""
-    console.print(f'\ninlay.attach(model, {escape(recipe.stack)!r}, train=("head",))')
+    console.print(f'\ninlay.attach(model, {recipe.stack!r}, train=("head",))', markup=False)
     plan = inlay.attach(model, recipe.stack, NAME, train=("head",), seed=recipe.seed)
-    console.print(escape(str(plan)))
+    console.print(str(plan), markup=False)
     with progress(recipe.epochs * learning.steps_per_epoch(learn, recipe.batch), console) as step:
-        learning.train(
-            model, learn, epochs=recipe.epochs, batch=recipe.batch, seed=recipe.seed, step=step
-        )
+        learning.train(model, learn, epochs=recipe.epochs, batch=recipe.batch, seed=recipe.seed, step=step)
 
 
 @contextmanager
@@ -183,7 +191,8 @@ def different(which: str, same: str, now: Tensor, then: Tensor) -> InlayError:
 
 def tell_where(output: Path, report: Report, console: Console) -> None:
     """Say what is where, and how to use it."""
-    size = sum(f.stat().st_size for f in (output / "adapter").iterdir())
+    folder = output / "adapter"
+    size = sum(f.stat().st_size for f in folder.iterdir()) / 1e6
     console.rule(f"done in {report.seconds:.0f} s")
-    console.print(f"{output / 'adapter'}  the adapter, {size / 1e6:.1f} MB: inlay.load(model, {str(output / 'adapter')!r})")
+    console.print(f"{folder}  the adapter, {size:.1f} MB: inlay.load(model, {str(folder)!r})")
     console.print(f"{output / 'report.json'}  these figures")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import chain
 
-import inlay
 import torch
-from inlay_train.encoder import Encoded
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+
+import inlay
+from inlay_train.encoder import Encoded
 
 WARM_UP = 0.1
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,11 @@ class ModuleSite(Site):
     @property
     def has_bias(self) -> bool:
         return self.bias_name is not None and getattr(self.module, self.bias_name, None) is not None
+
+    @property
+    def resized(self) -> bool:
+        """Whether the layer has another size than when the site was first used."""
+        return replace(self)._features != self._features
 
     @cached_property
     def _features(self) -> tuple[int, int]:
@@ -209,11 +214,23 @@ class SequenceSite(Site):
 
 def reference_of(module: nn.Module) -> Tensor:
     """Return an empty tensor with the device and floating dtype the module computes in."""
-    first: Tensor | None = None
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    for parameter in module.parameters():
-        first = parameter if first is None else first
-        if parameter.is_floating_point():
-            return torch.empty(0, dtype=parameter.dtype, device=device or parameter.device)
+    device: torch.device | None = None
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            device = device or execution_device(part) or parameter.device
+            if parameter.is_floating_point():
+                return torch.empty(0, dtype=parameter.dtype, device=device)
     dtype = getattr(module, "compute_dtype", None) or torch.get_default_dtype()
-    return torch.empty(0, dtype=dtype, device=device or (None if first is None else first.device))
+    return torch.empty(0, dtype=dtype, device=device)
+
+
+def hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    """Return the hooks that accelerate put on a module."""
+    hook = module.__dict__.get("_hf_hook")
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Return where accelerate brings an offloaded module's tensors for its call, if it does."""
+    devices = (getattr(hook, "execution_device", None) for hook in hooks_of(module))
+    return next((torch.device(device) for device in devices if device is not None), None)

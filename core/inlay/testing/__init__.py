@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from inlay.testing.snapshot import differences, snapshot
 
 _HOMES = {
-    "Case": "cases", "Joined": "cases", "Member": "cases", "MethodConformance": "conformance", "RULES": "rules",
+    "Case": "cases", "Joined": "cases", "Member": "cases", "RULES": "rules",
+    "MethodConformance": "conformance",
     "Rule": "rule", "RuleBroken": "rule", "differences": "snapshot", "snapshot": "snapshot",
 }  # fmt: skip
 

@@ -29,7 +29,8 @@ class Joined:
     `targets` are the selections to try (None: the method's default), `by_layer` whether it can be
     limited to layers, `start_tolerance` how far rounding moves the output at the start (relative;
     0: not a bit), `merges` whether it has a weight form, everywhere or as a function of
-    (method, family), `adds_biases` whether merging gives a bias to layers without one, `parameters` the number of its parameters on given sites.
+    (method, family), `adds_biases` whether merging gives a bias to layers without one, `parameters`
+    the number of its parameters on given sites.
     """
 
     kind: type[Method]
@@ -44,10 +45,6 @@ class Joined:
 
     def merges_as(self, method: Method, family: str) -> bool:
         return self.merges if isinstance(self.merges, bool) else self.merges(method, family)
-
-    @property
-    def ever_merges(self) -> bool:
-        return self.merges is not False
 
     def __repr__(self) -> str:
         return f"Joined({self.kind.__name__})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -45,9 +46,8 @@ class MethodConformance:
     @classmethod
     def joined(cls) -> Joined:
         """Return what the class declares, as data."""
-        same = ("configurations", "families", "targets", "by_layer", "start_tolerance", "merges", "adds_biases",
-                "parameters")  # fmt: skip
-        return Joined(kind=cls.method, **{name: getattr(cls, name) for name in same})
+        declared = {f.name: getattr(cls, f.name) for f in dataclasses.fields(Joined) if f.name != "kind"}
+        return Joined(kind=cls.method, **declared)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -6,7 +6,7 @@ It costs its start once per test run; each question builds its model anew.
 from __future__ import annotations
 
 import atexit
-import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -33,7 +33,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
 def ask(**question: Any) -> dict[str, Any]:
     """Load `folder` onto a fresh model (`family`, `seed`, `dtype`) in the other process; return its answer.
 
-    `modules` are imported there first: those that define methods no installed package offers.
+    `modules` ({name: file}) are imported there first: they define methods that no installed package offers.
     """
     process = _process()
     assert process.stdin is not None
@@ -44,6 +44,20 @@ def ask(**question: Any) -> dict[str, Any]:
     return answer
 
 
+def _import(name: str, file: str) -> None:
+    """Import a module by name, or, a test file that has none, from where it lies."""
+    if name in sys.modules:
+        return
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+
+
 def _answer(question: dict[str, Any]) -> dict[str, Any]:
     import torch
 
@@ -52,8 +66,8 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
     from inlay.testing.effects import output
     from inlay.testing.snapshot import digest
 
-    for module in question["modules"]:
-        importlib.import_module(module)
+    for name, file in question["modules"].items():
+        _import(name, file)
     model = tiny(question["family"], seed=question["seed"], dtype=getattr(torch, question["dtype"]))
     count = inlay.load(model, question["folder"], "elsewhere")
     return {"digest": digest({"logits": output(model)}), "tensors": count}

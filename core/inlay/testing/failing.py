@@ -1,4 +1,4 @@
-"""A method that places another and then fails, at a chosen moment: for the rule that failures leave no trace."""
+"""A method that places another and then fails, at a chosen moment, to show that this leaves no trace."""
 
 from __future__ import annotations
 

@@ -46,9 +46,15 @@ def refused(
     need(hasattr(caught, "error"), f"nothing was raised; expected {kind.__name__} matching {match!r}")
     text, error = str(caught.error), caught.error
     need(re.search(match, text), f"{match!r} is not found in:\n{text}")
-    need(all(beat.strip() for beat in (error.what, error.saw, error.do)), f"one of the three beats is empty:\n{text}")
+    need(
+        all(beat.strip() for beat in (error.what, error.saw, error.do)),
+        f"one of the three beats is empty:\n{text}",
+    )
     need(text == f"{error.what}\n  saw: {error.saw}\n  do:  {error.do}", f"not in three beats:\n{text}")
-    need(all(c.isprintable() or c == "\n" for c in text), f"control characters would reach a terminal: {text!r}")
+    need(
+        all(c.isprintable() or c == "\n" for c in text),
+        f"control characters would reach a terminal: {text!r}",
+    )
     if shot is not None and model is not None:
         need(not (found := differences(shot, model)), f"the model was changed: {found[:5]}")
     need(facts(model) == known, "what inlay knows about the model was changed")

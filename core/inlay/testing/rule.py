@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 RULES: dict[str, Rule] = {}
 
 
-class RuleBroken(AssertionError):
+class RuleBroken(AssertionError):  # noqa: N818 - reads as a sentence in a failure
     """A method, or a stack of methods, does not keep a rule."""
 
 
@@ -49,7 +49,8 @@ class Rule:
 
     def covers(self, joined: Joined) -> bool:
         """Return whether the rule says anything about a method."""
-        return joined.merges is not (self.concerns == "lasting") if self.concerns != "any" else True
+        never, always = joined.merges is False, joined.merges is True
+        return not ((self.concerns == "merging" and never) or (self.concerns == "lasting" and always))
 
 
 def rule(

@@ -130,10 +130,11 @@ class SerialAdapter(BottleneckMethod):
     @hookimpl
     def inject(method: SerialAdapter, sites: Sequence[Site], adapter: Adapter) -> int:  # type: ignore[override]
         kinds = {site.kind for site in sites}
-        if "sublayer" not in kinds or (method.trains_norms and "norm" not in kinds):
+        norms = method.trains_norms
+        if "sublayer" not in kinds or (norms and "norm" not in kinds):
             raise TargetError(
                 "the targets leave out what the settings ask for",
-                saw=f"targets={method.targets}, train_layernorms={method.trains_norms}; found {sorted(kinds)}",
+                saw=f"targets={method.targets}, train_layernorms={norms}; found {sorted(kinds)}",
                 do='name "attention" or "ffn", and with train_layernorms=True also "norm"',
             )
         return Method.inject(method, sites, adapter)

@@ -35,7 +35,7 @@ def adapted(family: str, method: ParallelAdapter) -> tuple[nn.Module, nn.Module,
     """Return (adapted and scrambled, an untouched copy of its base, a batch), in float64."""
     model = build(family, dtype=torch.float64)
     base = copy.deepcopy(model)
-    inlay.attach(model, method)
+    inlay.attach(model, method, seed=0)
     shake(model, size=1.0)
     return model, base, batch_for(model)
 
@@ -213,7 +213,7 @@ def test_generation_with_a_cache_equals_full_forwards() -> None:
 def test_it_learns() -> None:
     """Sixty AdamW steps at the method's own rate on one batch, the head frozen."""
     model = build("bert", initializer_range=0.2)  # with 0.02 a random base passes almost nothing on
-    inlay.attach(model, ParallelAdapter(rank=16), train=(), seed=0)
+    inlay.attach(model, ParallelAdapter(), seed=0)
     batch = batch_for(model, rows=8, labels=True)
     before, after = fit(model, batch)
     assert after < 0.3 * before

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from inlay_lora import DoRA, LoRA
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -15,6 +14,7 @@ import inlay
 from inlay.testing.layers import deltas_of, fit, watch
 from inlay.testing.models import FAMILIES, batch_for, build
 from inlay.testing.tools import distance, lively, shake
+from inlay_lora import DoRA, LoRA
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
@@ -137,7 +137,9 @@ def test_count() -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1))
     assert inlay.plan(model, DoRA(rank=16, targets=["query"])).parameters == 135_168
-    assert inlay.plan(model, DoRA(rank=16)).parameters == 3 * 135_168 + 2 * 16 * (4096 + 11_008) + 11_008 + 4096
+    assert (
+        inlay.plan(model, DoRA(rank=16)).parameters == 3 * 135_168 + 2 * 16 * (4096 + 11_008) + 11_008 + 4096
+    )
 
 
 def test_two_stacked_act_one_after_the_other() -> None:
@@ -197,7 +199,10 @@ def test_norms_follow_a_base_that_changes() -> None:
     layer, delta = model.get_submodule(QUERY), deltas_of(model)[QUERY]
     batch = batch_for(model)
     model(**batch)
-    for change in (lambda: layer.weight.mul_(1.5), lambda: setattr(layer.weight, "data", layer.weight.data + 0.1)):
+    for change in (
+        lambda: layer.weight.mul_(1.5),
+        lambda: setattr(layer.weight, "data", layer.weight.data + 0.1),
+    ):
         with torch.no_grad():
             change()
         x, y = watch(model, QUERY, batch)

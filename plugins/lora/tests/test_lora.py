@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from inlay_lora import LoRA
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -23,6 +22,7 @@ from inlay.errors import ConfigError
 from inlay.testing.layers import deltas_of, fit, watch
 from inlay.testing.models import FAMILIES, batch_for, build
 from inlay.testing.tools import distance, lively, shake
+from inlay_lora import LoRA
 
 
 def adapted(family: str, method: LoRA, **changes: object) -> nn.Module:
@@ -52,7 +52,9 @@ def test_starts_exactly_at_the_base(family: str) -> None:
     assert torch.equal(model(**batch).logits, before)
 
 
-@pytest.mark.parametrize("method", [LoRA(rank=3, alpha=5), LoRA(rank=4, alpha=8, scaling="rsqrt", init="gaussian")])
+@pytest.mark.parametrize(
+    "method", [LoRA(rank=3, alpha=5), LoRA(rank=4, alpha=8, scaling="rsqrt", init="gaussian")]
+)
 @pytest.mark.parametrize(
     ("family", "site"),
     [("llama", "model.layers.1.self_attn.v_proj"), ("bert", "bert.encoder.layer.0.attention.self.query")],
@@ -91,16 +93,28 @@ def test_a_fused_projection_by_name_has_one_pair_of_factors() -> None:
 
 
 def bart() -> nn.Module:
-    sizes = {"vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 32,
-             "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
-             "scale_embedding": True, "pad_token_id": 1}  # fmt: skip
-    return BartForConditionalGeneration(BartConfig(**sizes)).eval()
+    sizes = {
+        "d_model": 32,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+    }
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 32}
+    return BartForConditionalGeneration(
+        BartConfig(vocab_size=64, scale_embedding=True, **sizes, **heads)
+    ).eval()
 
 
 def gemma() -> nn.Module:
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}  # fmt: skip
-    return Gemma3ForCausalLM(Gemma3TextConfig(**sizes)).eval()
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "max_position_embeddings": 32,
+    }
+    heads = {"head_dim": 8, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=64, **sizes, **heads)).eval()
 
 
 @pytest.mark.parametrize(
@@ -262,7 +276,9 @@ def test_by_name_in_a_stack_as_text() -> None:
     assert plan.parameters == 2 * 2 * (32 + 32)
 
 
-@pytest.mark.parametrize(("setting", "value"), [("rank", 0), ("alpha", 0), ("dropout", 1.0), ("scaling", "sqrt")])
+@pytest.mark.parametrize(
+    ("setting", "value"), [("rank", 0), ("alpha", 0), ("dropout", 1.0), ("scaling", "sqrt")]
+)
 def test_settings_are_checked(setting: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"{setting}={value!r}"):
         LoRA(**{setting: value})

@@ -16,6 +16,7 @@ from inlay.authoring import (
     AttentionDelta,
     AttentionSite,
     Call,
+    Group,
     Init,
     KeyValues,
     Method,
@@ -94,10 +95,16 @@ def linear(init: Init, rows: int, columns: int, std: float | None) -> tuple[nn.P
 
 @dataclass(frozen=True)
 class PrefixMethod(Method):
-    """Base of the methods here: where prefixes stand, what makes them, and how a generator folds."""
+    """Base of the methods here: where prefixes stand, what makes them, and how a generator folds.
+
+    What a generator gives moves with all its weights at once, so it takes a rate far below that
+    of keys and values that are parameters themselves.
+    """
 
     accepts: ClassVar[frozenset[str]] = frozenset({"attention"})
     default_targets: ClassVar[tuple[str, ...]] = ("attention",)
+    generator_lr: ClassVar[float]
+    flat_lr: ClassVar[float] = 5e-2
     weight_decay: ClassVar[float | None] = 0.0
     starts_as_identity: ClassVar[bool] = False
 
@@ -145,6 +152,12 @@ class PrefixMethod(Method):
             for generator in adapter.shared.values()
             for site, pair in generator().items()
         }
+
+    @staticmethod
+    @hookimpl
+    def parameter_groups(method: PrefixMethod, adapter: Adapter, lr: float | None) -> list[Group]:  # type: ignore[override]
+        own = method.generator_lr if len(adapter.shared) else method.flat_lr
+        return [Group(adapter.trainable_names(), own if lr is None else lr, method.weight_decay)]
 
     @staticmethod
     @hookimpl

@@ -27,6 +27,8 @@ class PTuningV2(PrefixMethod):
 
     id: ClassVar[str] = "p_tuning_v2"
     paper: ClassVar[str] = "2110.07602"
+    generator_lr: ClassVar[float] = 1e-3
+    lr: ClassVar[float] = PrefixMethod.flat_lr
 
     length: int = setting(4, least=1)
     dropout: float = setting(0.1, least=0, below=1)
@@ -39,7 +41,3 @@ class PTuningV2(PrefixMethod):
     @property
     def std(self) -> float | None:
         return 0.02
-
-    @property
-    def lr(self) -> float:  # type: ignore[override]
-        return 1e-3 if self.prefix_projection else 1e-2

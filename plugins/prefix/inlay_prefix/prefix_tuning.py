@@ -29,6 +29,8 @@ class PrefixTuning(PrefixMethod):
 
     id: ClassVar[str] = "prefix_tuning"
     paper: ClassVar[str] = "2101.00190"
+    generator_lr: ClassVar[float] = 2e-4
+    lr: ClassVar[float] = generator_lr
 
     reparam: bool = setting(True)
 
@@ -39,7 +41,3 @@ class PrefixTuning(PrefixMethod):
     @property
     def std(self) -> float | None:
         return None
-
-    @property
-    def lr(self) -> float:  # type: ignore[override]
-        return 1e-3 if self.reparam else 1e-2

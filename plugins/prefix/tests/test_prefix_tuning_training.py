@@ -123,6 +123,15 @@ def test_it_learns(form: str) -> None:
     assert after < 0.5 * before
 
 
+def test_a_generator_takes_a_smaller_rate_than_its_values() -> None:
+    model = build("bert")
+    inlay.attach(model, PrefixTuning(hidden=16))
+    assert [(g["lr"], g["weight_decay"]) for g in inlay.parameter_groups(model)] == [(2e-4, 0.0)]
+    fold(model, "default")
+    assert [(g["lr"], g["weight_decay"]) for g in inlay.parameter_groups(model)] == [(5e-2, 0.0)]
+    assert [g["lr"] for g in inlay.parameter_groups(model, lr=0.3)] == [0.3]
+
+
 def test_rows_of_a_batch_take_their_own_prefixes() -> None:
     model = build("llama", dtype=torch.float64)
     inlay.attach(model, PrefixTuning(hidden=16), name="fr", seed=1)
@@ -168,7 +177,7 @@ def test_a_folded_prefix_trains_on() -> None:
     model, _ = adapted("bert", PrefixTuning(hidden=16))
     batch = batch_for(model, labels=True)
     fold(model, "default")
-    optimizer = torch.optim.AdamW(inlay.parameter_groups(model))
+    optimizer = torch.optim.AdamW(inlay.parameter_groups(model, lr=1e-3))
     loss = model(**batch).loss
     loss.backward()
     inlay.check_training(model, optimizer)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from inlay.authoring import At, InputDelta, Init, Method, OutputDelta, Site
+from inlay.authoring import At, Init, InputDelta, Method, OutputDelta, Site
 
 
 class OutputScale(OutputDelta):
@@ -63,7 +63,7 @@ class IA3(Method):
     paper: ClassVar[str] = "2205.05638"
     accepts: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
     default_targets: ClassVar[tuple[str, ...]] = ("key", "value", "down")
-    lr: ClassVar[float] = 1e-2
+    lr: ClassVar[float] = 2e-2
     weight_decay: ClassVar[float | None] = 0.0
 
     def delta(self, site: Site, init: Init) -> OutputScale | InputScale:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from inlay_scaling import IA3
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
@@ -15,6 +14,7 @@ import inlay
 from inlay.testing.layers import deltas_of, fit, watch
 from inlay.testing.models import FAMILIES, batch_for, build
 from inlay.testing.tools import distance, lively, shake
+from inlay_scaling import IA3
 
 
 def adapted(family: str, **settings: Any) -> nn.Module:
@@ -91,7 +91,9 @@ def test_widths_under_grouped_query_attention() -> None:
     ("width", "inner", "heads", "count"), [(2048, 5120, 32, 540_672), (4096, 10_240, 64, 1_081_344)]
 )
 def test_counts_of_t0(width: int, inner: int, heads: int, count: int) -> None:
-    config = T5Config(d_model=width, d_ff=inner, num_layers=24, num_heads=heads, d_kv=64, feed_forward_proj="gated-gelu")
+    config = T5Config(
+        d_model=width, d_ff=inner, num_layers=24, num_heads=heads, d_kv=64, feed_forward_proj="gated-gelu"
+    )
     with torch.device("meta"):
         model = T5ForConditionalGeneration(config)
     assert inlay.plan(model, IA3()).parameters == count
@@ -116,7 +118,9 @@ def test_merged_equals_adapted(family: str) -> None:
 
 def test_folded_weights() -> None:
     model = adapted("bert")
-    key, down = (model.get_submodule(f"bert.encoder.layer.0.{n}") for n in ("attention.self.key", "output.dense"))
+    key, down = (
+        model.get_submodule(f"bert.encoder.layer.0.{n}") for n in ("attention.self.key", "output.dense")
+    )
     l, m = (vector(model, f"bert.encoder.layer.0.{n}") for n in ("attention.self.key", "output.dense"))
     expected = [torch.diag(l) @ key.weight, l * key.bias, down.weight @ torch.diag(m), down.bias.clone()]
     inlay.merge(model)

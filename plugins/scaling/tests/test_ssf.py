@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from inlay_scaling import SSF
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -15,6 +14,7 @@ from inlay.errors import ConfigError, MergedError
 from inlay.testing.layers import deltas_of, fit, watch
 from inlay.testing.models import FAMILIES, batch_for, build
 from inlay.testing.tools import distance, lively, shake
+from inlay_scaling import SSF
 
 
 def adapted(family: str, **settings: Any) -> nn.Module:

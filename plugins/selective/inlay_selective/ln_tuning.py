@@ -47,7 +47,7 @@ class LNTuning(Method):
         return self.include_embedding_norm if "embed" in name else self.include_final_norm
 
     def unsuited(self) -> str:
-        return 'include "weight" among the terms (these norms have no bias), and norms outside the blocks if meant'
+        return 'have "weight" among the terms (these norms may lack a bias); include norms outside the blocks'
 
     def delta(self, site: Site, init: Init) -> Shift:
         assert isinstance(site, ModuleSite)

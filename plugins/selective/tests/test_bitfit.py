@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from inlay_selective import BitFit
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -16,12 +15,18 @@ from inlay.errors import ConfigError, TargetError
 from inlay.testing.layers import deltas_of, fit
 from inlay.testing.models import batch_for, build
 from inlay.testing.tools import distance, lively, shake
+from inlay_selective import BitFit
 
 BIASED = ["gpt2", "bert", "roberta", "vit", "qwen"]
 
 
 def bert_on_meta(size: str) -> nn.Module:
-    large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    large = {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    }
     with torch.device("meta"):
         return BertForSequenceClassification(BertConfig(**(large if size == "large" else {})))
 
@@ -53,7 +58,9 @@ def test_output_is_that_of_the_model_with_those_biases(family: str) -> None:
     for site, delta in deltas_of(model).items():
         path, _, role = site.partition("[")
         bias = expected.get_submodule(path).bias
-        third = {"": slice(None), "query]": slice(0, 32), "key]": slice(32, 64), "value]": slice(64, 96)}[role]
+        third = {"": slice(None), "query]": slice(0, 32), "key]": slice(32, 64), "value]": slice(64, 96)}[
+            role
+        ]
         bias[third] += delta.bias
     assert distance(model(**batch).logits, expected(**batch).logits) < 1e-6
     assert distance(model(**batch).logits, before) > 0.05
@@ -92,7 +99,9 @@ def key_to_query(model: nn.Module, attention: str, key: str, query: str) -> floa
     inlay.attach(model, BitFit(terms=["query", "key"]), seed=0)
     model(**batch_for(model, labels=True)).loss.backward()
     deltas = deltas_of(model)
-    return float(deltas[f"{attention}.{key}"].bias.grad.norm() / deltas[f"{attention}.{query}"].bias.grad.norm())
+    return float(
+        deltas[f"{attention}.{key}"].bias.grad.norm() / deltas[f"{attention}.{query}"].bias.grad.norm()
+    )
 
 
 def test_the_key_bias_gets_no_gradient_but_under_rotary_positions() -> None:
@@ -103,7 +112,7 @@ def test_the_key_bias_gets_no_gradient_but_under_rotary_positions() -> None:
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_a_model_without_biases_is_an_error(family: str) -> None:
     model = build(family)
-    with pytest.raises(TargetError, match="bitfit does not suit what 'linear' names(.|\n)*no bias terms"):
+    with pytest.raises(TargetError, match=r"bitfit does not suit what 'linear' names(.|\n)*no bias terms"):
         inlay.attach(model, BitFit())
     with pytest.raises(TargetError, match="no bias terms"):
         inlay.attach(model, BitFit(targets=["norm"]))

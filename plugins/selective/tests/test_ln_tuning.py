@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from inlay_selective import LNTuning
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -26,13 +25,19 @@ from inlay.errors import ConfigError, TargetError
 from inlay.testing.layers import deltas_of, fit, watch
 from inlay.testing.models import FAMILIES, batch_for, build
 from inlay.testing.tools import distance, lively, shake
+from inlay_selective import LNTuning
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}  # fmt: skip
 
 
 def bert_on_meta(size: str) -> nn.Module:
-    large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    large = {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    }
     with torch.device("meta"):
         return BertForSequenceClassification(BertConfig(**(large if size == "large" else {})))
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from inlay.authoring import (
     Adapter,
     At,
@@ -21,8 +24,6 @@ from inlay.authoring import (
     hookimpl,
     setting,
 )
-from torch import Tensor
-from torch.nn import functional as F
 
 
 class Fusion(OutputDelta):

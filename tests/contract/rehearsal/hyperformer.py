@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from inlay.authoring import Adapter, At, Call, Init, Method, OutputDelta, Ref, Site, hookimpl, setting
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from inlay.authoring import Adapter, At, Call, Init, Method, OutputDelta, Ref, Site, hookimpl, setting
 
 
 class Network(nn.Module):

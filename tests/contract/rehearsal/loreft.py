@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from inlay.authoring import Adapter, At, Init, Method, OutputDelta, Site, hookimpl, setting
 from torch import Tensor
 from torch.nn import functional as F
+
+from inlay.authoring import Adapter, At, Init, Method, OutputDelta, Site, hookimpl, setting
 
 
 class Edit(OutputDelta):

@@ -8,8 +8,9 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from inlay.authoring import Adapter, Change, Compact, Method, Shift, Site, Stage, Weights, hookimpl, setting
 from torch import Tensor, nn
+
+from inlay.authoring import Adapter, Change, Compact, Method, Shift, Site, Stage, Weights, hookimpl, setting
 
 TENSORS = ("weight", "bias")
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from inlay.authoring import At, Composite, Delta, Init, Method, OutputDelta, Site, setting
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from inlay.authoring import At, Composite, Delta, Init, Method, OutputDelta, Site, setting
 
 
 class Mixture(OutputDelta):

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from inlay.authoring import At, Init, Method, SequenceDelta, SequenceSite, setting
 from torch import Tensor, nn
+
+from inlay.authoring import At, Init, Method, SequenceDelta, SequenceSite, setting
 
 
 class Prompt(SequenceDelta):

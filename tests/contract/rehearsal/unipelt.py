@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor, nn
+
 from inlay.authoring import (
     At,
     AttentionDelta,
@@ -20,7 +22,6 @@ from inlay.authoring import (
     SublayerSite,
     setting,
 )
-from torch import Tensor, nn
 
 
 class Gates(nn.Module):

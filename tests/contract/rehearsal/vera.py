@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from inlay.authoring import Adapter, At, Init, Method, OutputDelta, Ref, Site, hookimpl, setting
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from inlay.authoring import Adapter, At, Init, Method, OutputDelta, Ref, Site, hookimpl, setting
 
 
 class Projections(nn.Module):

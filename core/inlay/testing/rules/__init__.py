@@ -1,6 +1,9 @@
-"""The rules, by subject. Importing this module declares them all, in the order of their numbers."""
+"""The rules, by subject. Importing this module declares them all; they are in the order of their numbers."""
 
 from inlay.testing.rule import RULES
 from inlay.testing.rules import attaching, files, manners, merging, sharing, training  # noqa: F401
+
+for number in sorted(RULES):
+    RULES[number] = RULES.pop(number)
 
 __all__ = ["RULES"]

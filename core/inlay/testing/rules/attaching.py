@@ -27,8 +27,8 @@ def no_trace(before: Snapshot, model: nn.Module, after: str) -> None:
 @rule(
     "R01",
     "The output is unchanged at the start",
-    means="a freshly attached stack that says so leaves every logit as it was: not a bit differs, or only "
-    "the rounding the method declares.",
+    means="a freshly attached stack that says so leaves every logit as it was: not a bit differs, or only"
+    " the rounding the method declares.",
     usually="a factor that should start at zero or one does not, a bias or dropout acts at the start, or "
     "the delta returns y + Δy where Δy was asked for.",
 )
@@ -129,8 +129,8 @@ def _fail_on(model: nn.Module, case: Case) -> None:
 @rule(
     "R04",
     "Inactive adapters do nothing",
-    means="inside `use(model)` the model gives the base's very bits; leaving the block, or an error in it, "
-    "brings the adapters back; no flag of any parameter moves.",
+    means="inside `use(model)` the model gives the base's very bits; leaving the block, or an error in "
+    "it, brings the adapters back; no flag of any parameter moves.",
     usually="a delta runs outside core's programs (a hook, a patched forward), or keeps state between calls.",
 )
 def inactive_is_base(case: Case) -> None:
@@ -159,8 +159,8 @@ def inactive_is_base(case: Case) -> None:
 @rule(
     "R05",
     "One seed gives the same weights",
-    means="attaching twice with one seed gives bit-identical tensors, whatever torch's own generator holds, "
-    "and draws nothing from it.",
+    means="attaching twice with one seed gives bit-identical tensors, whatever torch's own generator "
+    "holds, and draws nothing from it.",
     usually="a tensor is made with torch.randn, nn.init or nn.Linear instead of with `init`.",
 )
 def seeded(case: Case) -> None:

@@ -29,8 +29,8 @@ HEAVY = ("transformers", "bitsandbytes", "accelerate", "hypothesis", "pytest")
 @rule(
     "R22",
     "A configuration is data",
-    means="to_dict gives JSON, from which the registry builds an equal configuration; a setting that does not "
-    "exist is refused by name.",
+    means="to_dict gives JSON, from which the registry builds an equal configuration; a setting that does"
+    " not exist is refused by name.",
     usually="a field holds a tensor, a module or a function, or __post_init__ changes its fields.",
     dtypes=("float32",),
     alone=True,
@@ -101,8 +101,8 @@ def _hints(kind: type) -> dict[str, Any]:
     "R24",
     "Nothing warns",
     means="attaching, training, merging, saving, loading and detaching raise no warning.",
-    usually="a tensor is built from a tensor with torch.tensor, a shape broadcasts by accident, or something "
-    "deprecated is called.",
+    usually="a tensor is built from a tensor with torch.tensor, a shape broadcasts by accident, or "
+    "something deprecated is called.",
     share=0.7,
 )
 def nothing_warns(case: Case) -> None:
@@ -135,8 +135,8 @@ def _foreign(warning: warnings.WarningMessage) -> bool:
 @rule(
     "R25",
     "Importing a method is light",
-    means="importing the method's package imports neither transformers nor bitsandbytes nor accelerate, nor a "
-    "testing tool.",
+    means="importing the method's package imports neither transformers nor bitsandbytes nor accelerate, "
+    "nor a testing tool.",
     usually="an import at the top of a file; move it into the function that needs it.",
     once=True,
     alone=True,
@@ -159,8 +159,9 @@ def _imported_with(module: str) -> tuple[str, ...]:
 @rule(
     "R26",
     "A method describes itself",
-    means="its id is a lower-case name offered by its own distribution, its paper an arXiv id, its docstring says "
-    "what it does and how many parameters it has, its default rate is positive, its fields are documented.",
+    means="its id is a lower-case name offered by its own distribution, its paper an arXiv id, its "
+    "docstring says what it does and how many parameters it has, its default rate is positive, its "
+    "fields are documented.",
     usually="a class attribute was left at its default.",
     once=True,
     alone=True,

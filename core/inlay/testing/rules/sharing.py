@@ -14,8 +14,8 @@ from inlay.testing.snapshot import same_bits, snapshot
 @rule(
     "R20",
     "A routed batch equals each sample alone",
-    means="row i of a batch routed to different stacks equals that sample run by itself under its own stack, to "
-    "1e-5, whatever faces the stacks have.",
+    means="row i of a batch routed to different stacks equals that sample run by itself under its own "
+    "stack, to 1e-5, whatever faces the stacks have.",
     usually="a delta mixes rows, keeps tensors of the batch's size, or reads the batch's mask for all rows.",
     dtypes=("float32",),
 )
@@ -32,9 +32,9 @@ def routes_rows(case: Case) -> None:
     for number, row in enumerate(rows):
         names = () if row is None else (row,) if isinstance(row, str) else row
         alone = output_of(model, *names, batch={k: v[number : number + 1] for k, v in batch.items()})
+        mine = routed[number : number + 1]
         need(
-            close(routed[number : number + 1], alone, 1e-5),
-            f"row {number} ({row}) differs from the sample alone by {share(routed[number : number + 1], alone):.1e}",
+            close(mine, alone, 1e-5), f"row {number} ({row}) is {share(mine, alone):.1e} off the sample alone"
         )
     need(share(routed, output_of(model, batch=batch)) > 0, "routing had no effect")
 
@@ -42,8 +42,8 @@ def routes_rows(case: Case) -> None:
 @rule(
     "R21",
     "Two adapters of one method leave each other alone",
-    means="attaching, training and detaching a second adapter of the same stack moves no bit of the first, nor of "
-    "its output.",
+    means="attaching, training and detaching a second adapter of the same stack moves no bit of the "
+    "first, nor of its output.",
     usually="a tensor lives on the class, in a default argument, or on the base module under a fixed name.",
 )
 def adapters_are_apart(case: Case) -> None:

@@ -27,8 +27,8 @@ def learning_names(state: State) -> set[str]:
 @rule(
     "R06",
     "Only the adapter's own tensors change",
-    means="under AdamW with decay and momentum, SGD with momentum, and Adafactor, given the adapter's groups or "
-    "the whole model, every base tensor keeps its bits and every masked tensor moves.",
+    means="under AdamW with decay and momentum, SGD with momentum, and Adafactor, given the adapter's "
+    "groups or the whole model, every base tensor keeps its bits and every masked tensor moves.",
     usually="a delta writes to the base in its forward, registers a base tensor as its own parameter, or a "
     "masked parameter is no part of the computation.",
 )
@@ -52,8 +52,8 @@ def only_own_tensors_change(case: Case) -> None:
 @rule(
     "R07",
     "The mask is the truth",
-    means="the mask names exactly the adapter's parameters; after a backward pass each masked tensor has a finite "
-    "gradient, nothing else has one, and `check_training` agrees.",
+    means="the mask names exactly the adapter's parameters; after a backward pass each masked tensor has "
+    "a finite gradient, nothing else has one, and `check_training` agrees.",
     usually="a parameter is created but not used, used under no_grad, or the mask leaves a name out.",
 )
 def mask_is_true(case: Case) -> None:
@@ -86,8 +86,8 @@ def mask_is_true(case: Case) -> None:
 @rule(
     "R08",
     "The parameter count is the documented one",
-    means="the number of parameters on the given sites equals the expression the method documents; the dry "
-    "run says the same without allocating.",
+    means="the number of parameters on the given sites equals the expression the method documents; the "
+    "dry run says the same without allocating.",
     usually="the expression forgets a bias or a shared part, or a tensor is registered twice.",
     dtypes=("float32",),
     share=2.0,

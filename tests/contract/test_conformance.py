@@ -1,0 +1,110 @@
+"""The rehearsed methods keep the rules of docs/conformance.md, alone and among the kit's neighbours.
+
+Left out: adapter_fusion, which needs others attached first, and hyperformer, which needs tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from contract_checks import offered
+from hypothesis import strategies as st
+from rehearsal.loreft import LoReFT
+from rehearsal.lt_sft import LTSFT
+from rehearsal.molora import MoLORA
+from rehearsal.prompt_tuning import PromptTuning
+from rehearsal.unipelt import UniPELT
+from rehearsal.vera import VeRA
+
+from inlay.authoring import Site
+from inlay.authoring.trained import shapes
+from inlay.testing import MethodConformance
+from inlay_adapter import SerialAdapter
+from inlay_lora import LoRA
+from inlay_prefix import PrefixTuning
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _offered() -> Iterator[None]:
+    with offered(VeRA, LoReFT, LTSFT, PromptTuning, UniPELT, MoLORA):
+        yield
+
+
+class TestVeRA(MethodConformance):
+    method = VeRA
+    configurations = st.builds(
+        VeRA, rank=st.integers(1, 5), key=st.integers(0, 2), save_projection=st.booleans()
+    )
+    targets = (None, ("linear",))
+    merges = True
+
+    @staticmethod
+    def parameters(method: VeRA, sites: Sequence[Site]) -> int:
+        return sum(method.rank + s.out_features for s in sites)
+
+
+class TestLoReFT(MethodConformance):
+    method = LoReFT
+    configurations = st.builds(LoReFT, rank=st.integers(1, 3), first=st.integers(1, 3), tied=st.booleans())
+
+    @staticmethod
+    def parameters(method: LoReFT, sites: Sequence[Site]) -> int:
+        each = sum(2 * method.rank * s.out_features + method.rank for s in sites)
+        return each if method.tied else 2 * each
+
+
+class TestLTSFT(MethodConformance):
+    method = LTSFT
+    configurations = st.builds(LTSFT, density=st.sampled_from([0.01, 0.1]))
+    targets = (("linear",), ("query", "down"))
+    merges = True
+
+    @staticmethod
+    def parameters(method: LTSFT, sites: Sequence[Any]) -> int:
+        sizes = [(*shapes(s)[0], s.has_bias and shapes(s)[1][0]) for s in sites]
+        return sum(rows * columns + bias for rows, columns, bias in sizes)
+
+
+class TestPromptTuning(MethodConformance):
+    method = PromptTuning
+    configurations = st.builds(
+        PromptTuning, length=st.integers(1, 5), init=st.sampled_from(["vocabulary", "uniform"])
+    )
+    families = ("llama",)
+    by_layer = False
+
+    @staticmethod
+    def parameters(method: PromptTuning, sites: Sequence[Site]) -> int:
+        return sum(method.length * s.out_features for s in sites)
+
+
+class TestUniPELT(MethodConformance):
+    method = UniPELT
+    configurations = st.builds(
+        UniPELT,
+        lora=st.just(LoRA(rank=2, alpha=2)),
+        adapter=st.sampled_from([None, SerialAdapter(placement="pfeiffer", rank=3)]),
+        prefix=st.sampled_from([None, PrefixTuning(length=2, reparam=False)]),
+    )
+
+    @staticmethod
+    def parameters(method: UniPELT, sites: Sequence[Any]) -> int:
+        total = 0
+        for s in sites:
+            d, gate = s.out_features, s.in_features + 1
+            inner = {"sublayer": 2 * 3 * d + 3 + d, "attention": 0}.get(s.kind, 2 * (s.in_features + d))
+            total += gate + inner + (2 * 2 * s.kv_heads * s.head_dim if s.kind == "attention" else 0)
+        return total
+
+
+class TestMoLORA(MethodConformance):
+    method = MoLORA
+    configurations = st.builds(MoLORA, expert=st.just(LoRA(rank=2)), experts=st.integers(2, 3))
+    targets = (None, ("linear",))
+
+    @staticmethod
+    def parameters(method: MoLORA, sites: Sequence[Site]) -> int:
+        each = [2 * (s.in_features + s.out_features) + s.in_features for s in sites]
+        return method.experts * sum(each)

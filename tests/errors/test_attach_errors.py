@@ -1,0 +1,403 @@
+"""Models that cannot take an adapter, or can no longer give it back: refused by name, untouched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import inlay
+import pytest
+import torch
+from inlay.attention import attention, widened
+from inlay.authoring import (
+    Adapter,
+    AttentionDelta,
+    KeyValues,
+    Method,
+    ModuleSite,
+    OutputDelta,
+    hookimpl,
+    setting,
+)
+from inlay.errors import AttachError, ConfigError, InlayError, StateError, TrainingError
+from inlay.stack import need_state
+from inlay.testing.models import batch_for, build
+from inlay.testing.refusal import refused
+from inlay.weights import read
+from inlay_lora import LoRA
+from inlay_prefix import PrefixTuning
+from inlay_scaling import IA3
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from transformers import GPTJConfig, GPTJForCausalLM
+
+QUERY = "model.layers.0.self_attn.q_proj"
+
+
+def test_a_patched_forward_is_refused() -> None:
+    model = build("llama")
+    layer = model.get_submodule(QUERY)
+    layer.forward = lambda x: x  # type: ignore[assignment]
+    match = rf"a module's forward has been replaced on the instance[\s\S]*{QUERY}\.forward is <function"
+    with refused(AttachError, match, model=model):
+        inlay.attach(model, LoRA())
+    with refused(AttachError, match, model=model):
+        inlay.attach(model, IA3() + LoRA())
+    del layer.forward
+    inlay.attach(model, LoRA())
+
+
+def test_a_patched_root_is_refused() -> None:
+    model = build("llama")
+    model.forward = model.forward  # type: ignore[method-assign]
+    inlay.attach(model, LoRA())  # its own forward, bound to it, is none
+    inlay.detach(model)
+    model.forward = lambda **batch: None  # type: ignore[method-assign]
+    with refused(AttachError, "replaced on the instance", model=model):
+        inlay.attach(model, LoRA())
+
+
+def test_a_site_patched_after_attaching_is_noticed() -> None:
+    model = build("llama")
+    inlay.attach(model, LoRA(), "fr")
+    model.get_submodule(QUERY).forward = lambda x: x  # type: ignore[assignment]
+    with refused(AttachError, rf"an adapter's site would be bypassed[\s\S]*{QUERY}", model=model):
+        inlay.attach(model, IA3(), "de")
+
+
+def test_a_module_with_our_attribute_is_refused() -> None:
+    model = build("llama")
+    model.get_submodule(QUERY).inlay = nn.Linear(2, 2)
+    with refused(AttachError, r"a module already has an attribute 'inlay'[\s\S]*rename it", model=model):
+        inlay.attach(model, LoRA())
+
+
+class WrappedLinear(nn.Linear):
+    """The shape of peft's layers (peft itself is not a dependency of the tests): a module named so, with a base layer."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__(base_layer.in_features, base_layer.out_features)
+        self.base_layer = base_layer
+
+
+WrappedLinear.__module__ = "peft.tuners.lora.layer"
+
+
+def test_another_librarys_adapter_is_refused() -> None:
+    model = nn.Sequential(WrappedLinear(nn.Linear(3, 3)))
+    with refused(
+        AttachError,
+        r"a module is wrapped by another library's adapter[\s\S]*peft: model\.unload",
+        model=model,
+    ):
+        inlay.attach(model, LoRA(targets=["0"]))
+
+
+class Final(nn.Linear):
+    def __init_subclass__(cls) -> None:
+        raise TypeError("Final is final")
+
+
+def test_a_class_that_cannot_be_subclassed_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), Final(3, 3))
+    match = r"a module's class cannot be subclassed[\s\S]*1 is a Final: .*Final is final"
+    with refused(AttachError, match, model=model):
+        inlay.attach(model, LoRA(targets=["0", "1"]))
+    inlay.attach(model, LoRA(targets=["0"]))
+
+
+def test_a_part_of_an_adapted_model_is_refused() -> None:
+    model = build("llama")
+    inlay.attach(model, LoRA(), "fr")
+    match = "this module is part of a model, or holds one, that has adapters of its own"
+    for other in (model.model, model.get_submodule(QUERY), nn.Sequential(model)):
+        with refused(AttachError, match, model=model):
+            inlay.attach(
+                other, LoRA(targets=["q_proj"] if other is not model.get_submodule(QUERY) else ["linear"])
+            )
+        with refused(StateError, "nothing is attached to this model", model=model):
+            inlay.detach(other)
+
+
+def test_a_class_changed_since_is_refused_and_can_be_undone() -> None:
+    model = build("llama")
+    inlay.attach(model, LoRA(), "fr")
+    layer = model.get_submodule(QUERY)
+    parametrizations.weight_norm(layer)
+    match = rf"a module changed its class after the adapter was attached[\s\S]*{QUERY} is now .*Parametrized"
+    with refused(AttachError, match, model=model) as caught:
+        inlay.detach(model)
+    assert "remove_parametrizations" in caught.error.do
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    inlay.detach(model)
+
+
+@pytest.mark.parametrize("target", ["head", "embedding"])
+def test_a_resized_model_takes_no_other_adapter(target: str) -> None:
+    model = build("llama")
+    resize(target)(model)
+    with refused(AttachError, "an adapter attached before has lost its place in the model", model=model):
+        inlay.attach(model, LoRA(), "fr")
+    inlay.detach(model)
+    inlay.attach(model, LoRA(), "fr")
+
+
+# -- attention -----------------------------------------------------------------------------------
+
+
+def test_an_architecture_without_the_attention_interface_is_refused() -> None:
+    model = GPTJForCausalLM(
+        GPTJConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=32)
+    )
+    match = r"does not call attention through transformers' attention interface[\s\S]*GPTJAttention"
+    with refused(AttachError, match, model=model):
+        inlay.attach(model, PrefixTuning(length=2, hidden=4))
+    with refused(AttachError, match, model=model):
+        inlay.attach(model, LoRA() + PrefixTuning(length=2, hidden=4))
+    inlay.attach(model, LoRA())
+
+
+def test_attention_computed_beside_the_interface_is_refused() -> None:
+    model = build("gpt2", reorder_and_upcast_attn=True)
+    with refused(AttachError, "computes its product outside the attention interface", model=model):
+        inlay.attach(model, PrefixTuning(length=2, hidden=4))
+
+
+class Fixed(AttentionDelta):
+    def __init__(self, site: Any, init: Any) -> None:
+        super().__init__()
+        self.rows = init.zeros(1, site.kv_heads, 2, site.head_dim)
+
+    def forward(self, at: Any) -> KeyValues:
+        return KeyValues(self.rows, self.rows)
+
+
+@dataclass(frozen=True)
+class FixedRows(Method):
+    id: ClassVar[str] = "fixed_rows"
+    accepts: ClassVar[frozenset[str]] = frozenset({"attention"})
+    default_targets: ClassVar[tuple[str, ...]] = ("attention",)
+
+    def delta(self, site: Any, init: Any) -> Fixed:
+        return Fixed(site, init)
+
+
+def test_a_paged_cache_is_refused_where_columns_would_enter_it() -> None:
+    model = build("llama")
+    inlay.attach(model, FixedRows(), "fr")
+    module = model.get_submodule("model.layers.0.self_attn")
+    heads = torch.randn(1, 4, 3, 8)
+    with refused(
+        StateError, "a paged cache would keep an adapter's extra keys and values as tokens", model=model
+    ):
+        attention(module, heads, heads[:, :2], heads[:, :2], None, cache=SimpleNamespace())
+    with inlay.use(model):
+        assert attention(module, heads, heads[:, :2], heads[:, :2], None)[0].shape == (1, 3, 4, 8)
+
+
+def test_a_block_mask_is_refused() -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    mask = create_block_mask(lambda b, h, q, k: q >= k, 1, 1, 128, 128, device="cpu")
+    heads = torch.randn(1, 4, 128, 8)
+    columns = [KeyValues(heads[:, :, :2], heads[:, :, :2])]
+    with refused(StateError, r"this kind of attention mask cannot be widened for extra keys[\s\S]*BlockMask"):
+        widened(nn.Module(), heads, heads, mask, columns, {})
+
+
+# -- adapters that compute with others -----------------------------------------------------------
+
+
+class Scaled(OutputDelta):
+    def __init__(self, init: Any, inner: Any) -> None:
+        super().__init__()
+        self.gate = init.ones(1)
+        object.__setattr__(self, "inner", inner)
+
+    def forward(self, x: Tensor, y: Tensor, at: Any) -> Tensor:
+        return self.gate * self.inner(x, y, at)
+
+
+@dataclass(frozen=True)
+class Doubling(Method):
+    """Δy = g · the delta of another adapter at the site."""
+
+    id: ClassVar[str] = "doubling"
+    other: str = setting("fr/lora")
+
+    @staticmethod
+    @hookimpl
+    def inject(method: Any, sites: Any, adapter: Adapter) -> int:
+        other = adapter.attached(method.other)
+        for site in sites:
+            adapter.place(site, Scaled(adapter.init(site), other.at(site)[0]))
+        return len(sites)
+
+
+def test_an_adapter_another_one_computes_with_stays() -> None:
+    model = build("llama")
+    with refused(AttachError, "other adapters cannot be reached here", model=model):
+        inlay.plan(model, Doubling())
+    with refused(StateError, "no adapter is called 'fr/lora' here", model=model):
+        inlay.attach(model, Doubling(), "both")
+    inlay.attach(model, LoRA(), "fr")
+    inlay.attach(model, Doubling(), "both")
+    match = (
+        r"'both/doubling' computes with an adapter that would go[\s\S]*'fr/lora'[\s\S]*detach 'both' first"
+    )
+    with refused(AttachError, match, model=model):
+        inlay.detach(model, "fr")
+    inlay.detach(model)
+
+
+# -- data, combination, weights ------------------------------------------------------------------
+
+
+def test_a_method_that_calibrates_needs_data() -> None:
+    @dataclass(frozen=True)
+    class Measures(LoRA):
+        id: ClassVar[str] = "measures"
+
+        @staticmethod
+        @hookimpl
+        def calibrate(method: Any, model: Any, sites: Any, batches: Any) -> dict[str, Tensor]:
+            return {"count": torch.tensor(len(list(batches)))}
+
+    model = build("llama")
+    with refused(
+        ConfigError, r"'measures' must see data before it is placed[\s\S]*data=batches", model=model
+    ):
+        inlay.attach(model, Measures())
+    inlay.attach(model, Measures(), data=[batch_for(model)])
+    assert need_state(model).placed[0].adapter.calibration["count"] == 1
+
+
+@pytest.mark.parametrize(("weights", "how"), [({}, "linear"), ({"fr": 1.0}, "tise"), ({"fr": 1.0}, None)])
+def test_what_is_no_combination_is_refused(weights: Any, how: Any) -> None:
+    model = build("llama")
+    inlay.attach(model, LoRA(), "fr")
+    with refused(ConfigError, r"this is no way to combine[\s\S]*'linear', 'ties'", model=model):
+        inlay.combine(model, weights, name="mix", how=how)
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, "1", None, True])
+def test_what_is_no_weight_is_refused(weight: Any) -> None:
+    model = build("llama")
+    inlay.attach(model, LoRA(), "fr")
+    with refused(ConfigError, r"this is no weight of an adapter[\s\S]*'fr'", model=model):
+        inlay.combine(model, {"fr": weight}, name="mix")
+
+
+@pytest.mark.parametrize(
+    "other", [LoRA(rank=2), LoRA(targets=["key"]), IA3(), LoRA() + IA3(), LoRA(layers=[0])], ids=str
+)
+def test_adapters_of_other_stacks_are_not_combined(other: Any) -> None:
+    model = build("llama")
+    inlay.attach(model, LoRA(), "fr")
+    inlay.attach(model, other, "de")
+    match = r"only adapters of one stack can be combined tensor by tensor[\s\S]*'fr' and 'de' differ"
+    with refused(ConfigError, match, model=model):
+        inlay.combine(model, {"fr": 0.5, "de": 0.5}, name="mix")
+
+
+def test_reading_a_tensor_that_is_not_there_is_refused() -> None:
+    layer = nn.Linear(3, 3)
+    with pytest.raises(AttributeError, match="0 has no tensor 'scale'"):
+        read(ModuleSite(name="0", module=layer, layer_kind="parameter", weight_name="scale"))
+
+
+# -- training ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained() -> nn.Module:
+    model = build("llama")
+    inlay.attach(model, LoRA(rank=2), "fr")
+    model(**batch_for(model, labels=True)).loss.backward()
+    return model
+
+
+def resize(target: str) -> Callable[[nn.Module], None]:
+    def spoil(model: nn.Module) -> None:
+        inlay.attach(model, LoRA(targets=[target]), "rows", trainable=False)
+        model.resize_token_embeddings(70, mean_resizing=False)  # type: ignore[operator]
+
+    return spoil
+
+
+def refreeze(model: nn.Module) -> None:
+    model.requires_grad_(False)
+    next(p for _, _, p in need_state(model).own_parameters()).requires_grad_(True)
+
+
+def unfreeze(model: nn.Module) -> None:
+    model.get_submodule(QUERY).weight.requires_grad_(True)
+
+
+def forget(model: nn.Module) -> None:
+    next(p for _, _, p in need_state(model).own_parameters()).grad = None
+
+
+def stale(model: nn.Module) -> None:
+    model.get_submodule(QUERY).weight.grad = torch.zeros(32, 32)
+
+
+def freeze(model: nn.Module) -> None:
+    inlay.set_trainable(model)
+    model.zero_grad()
+
+
+TRAINING = {
+    "a head replaced": (resize("head"), r"modules with adapters were replaced or resized after attaching[\s\S]*lm_head"),
+    "an embedding resized": (resize("embedding"), r"were replaced or resized after attaching[\s\S]*embed_tokens"),
+    "a mask not kept to": (refreeze, r"a tensor that should learn is frozen[\s\S]*q_proj\.inlay\.0\.0\.up"),
+    "a base tensor that learns": (unfreeze, rf"a base tensor requires a gradient[\s\S]*{QUERY}\.weight \(1 in all\)"),
+    "nothing that learns": (freeze, "nothing learns"),
+    "no gradient": (forget, r"a trainable tensor got no gradient[\s\S]*q_proj\.inlay"),
+    "a stale gradient": (stale, rf"a frozen tensor has a gradient[\s\S]*{QUERY}\.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "match"), TRAINING.values(), ids=TRAINING)
+def test_training_that_would_not_do_what_it_should_is_refused(
+    spoil: Callable[[nn.Module], None], match: str, trained: nn.Module
+) -> None:
+    inlay.check_training(trained)
+    spoil(trained)
+    with refused(TrainingError, match, model=trained):
+        inlay.check_training(trained)
+
+
+def test_an_optimizer_of_other_tensors_is_refused(trained: nn.Module) -> None:
+    groups = inlay.parameter_groups(trained)
+    inlay.check_training(trained, torch.optim.SGD(groups))
+    fewer = torch.optim.SGD([p for g in groups for p in g["params"]][1:], lr=1e-3)
+    with refused(TrainingError, "the optimizer misses a trainable tensor", model=trained):
+        inlay.check_training(trained, fewer)
+    more = torch.optim.SGD(trained.parameters(), lr=1e-3)
+    with refused(
+        TrainingError,
+        r"the optimizer holds a tensor that does not learn[\s\S]*lm_head\.weight",
+        model=trained,
+    ):
+        inlay.check_training(trained, more)
+    foreign = torch.optim.SGD([*trained.parameters(), nn.Parameter(torch.zeros(1))], lr=1e-3)
+    with refused(TrainingError, "a tensor that is not in the model", model=trained):
+        inlay.check_training(trained, foreign)
+
+
+def test_a_stage_that_is_not_there_is_refused(trained: nn.Module) -> None:
+    with refused(StateError, "'fr' has no stage left to end", model=trained):
+        inlay.advance(trained, "fr")
+
+
+def test_errors_survive_a_process_boundary() -> None:
+    import pickle
+
+    error = pickle.loads(pickle.dumps(AttachError("what", saw="this", do="that")))
+    assert (type(error), error.what, error.saw, error.do) == (AttachError, "what", "this", "that")
+    assert str(error) == "what\n  saw: this\n  do:  that"
+    assert isinstance(error, InlayError)

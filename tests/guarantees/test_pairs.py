@@ -1,0 +1,59 @@
+"""Every rule about stacks, over all ordered pairs of the methods that our packages offer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inlay.registry import registry
+from inlay.testing import RULES, Case, Joined, Rule
+from inlay.testing.cases import FAMILIES, members
+from inlay.testing.conformance import collect
+from inlay.testing.profiles import profile
+
+ROOT = Path(__file__).parents[2]
+METHODS = collect(ROOT.glob("plugins/*/tests/test_conformance.py"))
+STACKED = [rule for rule in RULES.values() if not (rule.alone or rule.once or rule.number == "R16")]
+
+
+@st.composite
+def pair(draw: st.DrawFn, inner: Joined, outer: Joined, rule: Rule, turn: int) -> Case | None:
+    """Draw `outer` above `inner` on a family both know, another one for each pair; None if there is none."""
+    families = [f for f in FAMILIES if f in inner.families and f in outer.families]
+    if not families:
+        return None
+    stack = (draw(members(inner, "inner")), draw(members(outer, "outer")))
+    dtype = getattr(torch, rule.dtypes[turn % len(rule.dtypes)])
+    case = Case(families[turn % len(families)], dtype, stack, turn % 7)
+    concerns = {"merging": case.merging(), "lasting": case.lasting()}.get(rule.concerns, True)
+    return case if concerns else None
+
+
+@pytest.mark.parametrize("inner", METHODS, ids=repr)
+@pytest.mark.parametrize("rule", STACKED, ids=lambda rule: rule.number)
+def test_every_pair(rule: Rule, inner: Joined) -> None:
+    """`inner` below each method, itself included."""
+    start = METHODS.index(inner) * len(METHODS) + STACKED.index(rule)
+    strategies = [pair(inner, outer, rule, start + i) for i, outer in enumerate(METHODS)]
+    seen = []
+
+    @settings(profile(), max_examples=1 if settings.get_profile("inlay-default") == profile() else 5)
+    @given(cases=st.tuples(*strategies))
+    def check(cases: tuple[Case | None, ...]) -> None:
+        for case in cases:
+            if case is not None:
+                seen.append(case)
+                rule(case)
+
+    check()
+    assert len(seen) >= (0 if rule.concerns == "lasting" else 3)
+
+
+def test_every_method_is_held_to_the_rules() -> None:
+    """Each method that our packages offer has joined the kit, and so is in every pair."""
+    ours = {n for n, found in registry.origins().items() if found[0].distribution.startswith("inlay-")}
+    assert ours <= {joined.kind.id for joined in METHODS}
