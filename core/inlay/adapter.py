@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from inlay.delta import Delta, Ref
 from inlay.errors import AttachError
 from inlay.sites import Site
-from inlay.weights import stored_state
+from inlay.sites.site import hooks_of
 
 if TYPE_CHECKING:
     from inlay.method import Method
@@ -139,8 +139,16 @@ class Adapter:
         return {
             f"{prefix}.{name}": tensor
             for prefix, module in self.modules()
-            for name, tensor in stored_state(module).items()
+            for name, tensor in module.state_dict().items()
         }
+
+    def recall(self) -> None:
+        """Take the adapter's modules out of accelerate's offload: what is offloaded cannot learn."""
+        for part in (part for _, module in self.modules() for part in module.modules()):
+            if hooks_of(part):
+                from accelerate.hooks import remove_hook_from_module
+
+                remove_hook_from_module(part)
 
 
 class Init:

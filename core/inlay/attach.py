@@ -357,20 +357,27 @@ def _check_running(state: State) -> None:
         raise AttachError(
             "an adapter attached before has lost its place in the model",
             saw=f"{gone[0]} was replaced or resized since (resize_token_embeddings does this)",
-            do="detach, change the model, attach again (inlay.save and inlay.load keep the weights)",
+            do="detach, then attach again: change the model before its adapters",
         )
-    for name, module in state.hosts:
-        if not is_running(module):
-            raise AttachError(
-                "an adapter's site would be bypassed",
-                saw=f"{name}: {module.__dict__.get('forward')!r:.120} stands before the class",
-                do="remove that patch (del module.forward) or choose other targets",
-            )
+    if patched := bypassed(state):
+        raise AttachError(
+            "an adapter's site would be bypassed",
+            saw=f"{patched[0]} stands before the class",
+            do="remove that patch (del module.forward) or choose other targets",
+        )
+
+
+def bypassed(state: State) -> list[str]:
+    """Return what was put, on the instance, before the forward of a module that runs deltas."""
+    ports = [(port.site.name, port.site.module) for port in state.attention_ports]
+    found = [(name, module) for name, module in [*state.hosts, *ports] if not is_running(module)]
+    return [f"{name}: {module.__dict__['forward']!r:.120}" for name, module in found]
 
 
 def sites_still_there(state: State) -> list[str]:
     """Return the names of sites that are no longer the objects attached to, or of another size now."""
     now = dict(state.model.named_modules(remove_duplicate=False))
-    gone = [name for name, module in state.hosts if now.get(name) is not module]
+    ports = [(p.site.name, p.site.module) for p in (*state.attention_ports, *state.block_ports)]
+    gone = [name for name, module in [*state.hosts, *ports] if now.get(name) is not module]
     sites = {site.name: site for p in reversed(state.placed.values()) for site, _ in p.adapter.placed}
     return gone + [name for name, s in sites.items() if isinstance(s, ModuleSite) and s.resized]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from inlay.context import At, Call, Slot
 from inlay.delta import Delta, KeyValues
 from inlay.errors import AttachError, StateError
+from inlay.hosts import check_own_forward
 from inlay.sites import AttentionSite, SequenceSite
 
 NAME = "inlay"
@@ -109,6 +110,7 @@ def check_can_enter(site: AttentionSite) -> None:
     """Raise if keys and values cannot be put in here."""
     from inlay.anatomy import uses_attention_interface
 
+    check_own_forward(site.module, site.name)
     if not uses_attention_interface(site.module):
         raise AttachError(
             "this architecture does not call attention through transformers' attention interface",
@@ -227,7 +229,7 @@ def _visible(columns: list[KeyValues], batch: int, device: torch.device) -> Tens
 
 def _fitted(extra: Tensor, like: Tensor) -> Tensor:
     extra = extra if extra.shape[0] == like.shape[0] else extra.expand(like.shape[0], -1, -1, -1)
-    return extra.to(like.dtype)
+    return extra.to(like)  # the dtype, and under device_map the device, of this layer
 
 
 def run_prompt(

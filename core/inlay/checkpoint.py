@@ -88,7 +88,7 @@ def load(
         raise CheckpointError(
             "this is not the checkpoint you expected",
             saw=f"digest {content['digest']!a}",
-            do=f"you expected {shown(expected_digest)!a}; get the checkpoint from its author",
+            do=f"you expected {shown(expected_digest)}; get the checkpoint from its author",
         )
     entries = content["parts"]
     stack = Stack(tuple(_part(entry, allow) for entry in entries))
@@ -132,6 +132,7 @@ def _part_names(placed: Sequence[Placed]) -> list[str]:
 def _describe(placed: Placed, name: str, number: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Return a part's entry in the manifest, and add its tensors under "<number>/<local name>"."""
     method, adapter = placed.method, placed.adapter
+    adapter.recall()
     state = dict(registry.call("state_dict", method, adapter=adapter))
     calibration = {f"{CALIBRATION}{k}": t for k, t in adapter.calibration.items()}
     for key, tensor in {**state, **calibration}.items():

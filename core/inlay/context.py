@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from inlay.errors import RoutingError
+from inlay.errors import AttachError, RoutingError
 
 if TYPE_CHECKING:
     from inlay.adapter import Adapter
@@ -263,7 +263,14 @@ class At:
     @property
     def residual(self) -> Tensor:
         """What will be added to a sublayer's output (B, T, d)."""
-        return self.slot.taps[f"{self.site.name}/residual"]
+        try:
+            return self.slot.taps[f"{self.site.name}/residual"]
+        except KeyError:
+            raise AttachError(
+                "the residual of a sublayer is not known before its output",
+                saw=f"{self.site.name}: its norm runs after the residual is added (BART, DistilBERT)",
+                do="use a method that reads only the sublayer's input or output (lora, houlsby, parallel)",
+            ) from None
 
     def norm(self, h: Tensor) -> Tensor:
         """Apply the layer norm that follows the residual add, if the model has one there."""

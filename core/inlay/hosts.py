@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from inlay.context import Bound, Slot
 from inlay.errors import AttachError
+from inlay.sites.site import hooks_of
 
 CHILD = "inlay"
 
@@ -117,13 +118,7 @@ def _rebuild(base: type[nn.Module], scope: bool) -> nn.Module:
 
 def check_can_host(module: nn.Module, name: str) -> None:
     """Raise if something else already stands in front of the module's class."""
-    foreign = module.__dict__.get("forward")
-    if foreign is not None and not hasattr(module, "_hf_hook") and not _is_own_forward(module, foreign):
-        raise AttachError(
-            "a module's forward has been replaced on the instance, so an adapter there would have no effect",
-            saw=f"{name or type(module).__name__}.forward is {foreign!r:.120}",
-            do="remove that patch first (del module.forward), or choose other targets",
-        )
+    check_own_forward(module, name)
     if not isinstance(getattr(module, CHILD, None), Deltas | None):
         raise AttachError(
             f"a module already has an attribute {CHILD!r}",
@@ -135,6 +130,17 @@ def check_can_host(module: nn.Module, name: str) -> None:
             "a module is wrapped by another library's adapter",
             saw=f"{name} is {type(module).__module__}.{type(module).__name__}",
             do="unload that adapter first (peft: model.unload())",
+        )
+
+
+def check_own_forward(module: nn.Module, name: str) -> None:
+    """Raise if the module's class does not decide what its call does."""
+    foreign = module.__dict__.get("_old_forward" if hooks_of(module) else "forward")
+    if foreign is not None and not _is_own_forward(module, foreign):
+        raise AttachError(
+            "a module's forward has been replaced on the instance, so an adapter there would have no effect",
+            saw=f"{name or type(module).__name__}.forward is {foreign!r:.120}",
+            do="remove that patch first (del module.forward), or choose other targets",
         )
 
 

@@ -82,7 +82,8 @@ def _sample(tensors: dict[str, torch.Tensor]) -> str | None:
         if tensor.numel() == 0:
             continue
         flat = tensor.detach().reshape(-1)
-        steps = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel())).long().to(flat.device)
+        count = min(SAMPLES, flat.numel())  # in integers: floats name no place beyond 2^24 exactly
+        steps = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
         values = flat[steps].cpu()
         values = values.double() if values.is_floating_point() else values.long()
         digest.update(name.encode() + values.numpy().tobytes())

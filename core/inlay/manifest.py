@@ -45,7 +45,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if isinstance(manifest, dict) and manifest.get("format") != FORMAT:
         raise CheckpointError(
             "this checkpoint has a format this version does not read",
-            saw=f"format {shown(manifest.get('format'))!a}, this inlay reads {FORMAT}",
+            saw=f"format {shown(manifest.get('format'))}, this inlay reads {FORMAT}",
             do="upgrade inlay",
         )
     _check_content(manifest)

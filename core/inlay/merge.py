@@ -78,6 +78,8 @@ def merge(
     if any(p.merged for p in state.placed.values()):
         raise refused_while_merged(state, "merge")
     chosen = _chosen(state, parts)
+    for placed in chosen:
+        placed.adapter.recall()
     folds = {p.id: registry.call("merge", p.method, adapter=p.adapter) for p in chosen}
     modules = _entries_by_module(state)
     for entries in modules.values():

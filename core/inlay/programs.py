@@ -118,20 +118,27 @@ class Overlay(Program):
 
     def __call__(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shadow = self.shadow(module)
-        kind: Any = module._inlay_base
+        forward = type(shadow).forward
         if not self.members:
-            return kind.forward(shadow, *args, **kwargs)
+            return forward(shadow, *args, **kwargs)
         x, args, kwargs = take_first(args, kwargs)
-        return self.run(lambda inner: kind.forward(shadow, inner, *args, **kwargs), x)
+        return self.run(lambda inner: forward(shadow, inner, *args, **kwargs), x)
 
-    def shadow(self, module: nn.Module) -> nn.Module:
-        """Return an object of the module's own class that holds the changed tensors."""
-        tensors: dict[str, Tensor | None] = dict(module._parameters)
+    def shadow(self, module: nn.Module) -> Any:
+        """Return an object of the module's own class that holds the changed tensors.
+
+        Nothing may compute them again: neither a parametrization, whose class has a property of
+        that name, nor an attribute that a hook sets (both weight norms of torch).
+        """
+        changed: dict[str, Tensor] = {}
         for level in self.levels:
-            tensors.update(as_stored(level.site, *level.tensors()))
+            changed.update(as_stored(level.site, *level.tensors()))
         kind: Any = module._inlay_base
-        shadow: nn.Module = object.__new__(kind)
-        shadow.__dict__ = {**module.__dict__, "_parameters": tensors}
+        while any(isinstance(vars(kind).get(name), property) for name in changed):
+            kind = kind.__bases__[0]
+        shadow: Any = object.__new__(kind)
+        attributes = {k: v for k, v in module.__dict__.items() if k not in changed}
+        shadow.__dict__ = {**attributes, "_parameters": {**module._parameters, **changed}}
         return shadow
 
 
@@ -177,7 +184,8 @@ class ByRows:
     slot: Slot
 
     def on_rows(self, rows: Tensor, run: Callable[..., Any], *args: Any) -> Any:
-        before, self.slot.rows = self.slot.rows, rows
+        before = self.slot.rows
+        self.slot.rows = rows if before is None else before.index_select(0, rows)
         try:
             return run(*args)
         finally:
@@ -246,7 +254,11 @@ def row_groups(slot: Slot, site: Site, programs: Sequence[Any], x: Tensor) -> li
     """Return (program, its row numbers) for the batch under way, in order of the stacks."""
     call = slot.call
     assert call is not None
-    rows = call.expanded_rows(x.shape[0], site.name)
+    if slot.rows is None:
+        rows = call.expanded_rows(x.shape[0], site.name)
+    else:  # a delta on some rows runs a module of the base (a norm) that is routed itself
+        every = call.expanded_rows(call.batch or len(call.rows or ()), site.name)
+        rows = tuple(every[row] for row in slot.rows.tolist())
     groups: list[tuple[Any, Tensor]] = []
     for stack, program in enumerate(programs):
         mine = [i for i, row in enumerate(rows) if row == stack]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from inlay import masks
 from inlay.adapter import Adapter
-from inlay.attach import refused_while_merged, sites_still_there
+from inlay.attach import bypassed, refused_while_merged, sites_still_there
 from inlay.errors import RegistryError, StateError, TrainingError
 from inlay.registry import registry
 from inlay.stack import Placed, State, need_state
@@ -48,9 +48,9 @@ def parameter_groups(model: nn.Module, lr: float | None = None) -> list[dict[str
     state = need_state(model)
     if any(p.merged for p in state.placed.values()):
         raise refused_while_merged(state, "parameter_groups")
-    _refuse_offloaded(state)
     groups: list[dict[str, Any]] = []
     for placed in state.placed.values():
+        placed.adapter.recall()
         parameters = dict(placed.adapter.named_parameters())
         learning = {n for n, p in parameters.items() if p.requires_grad}
         if not learning:
@@ -123,7 +123,7 @@ def advance(model: nn.Module, name: str) -> str | None:
 def check_training(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Prove that training does what it should; call it after a backward pass.
 
-    Every site is still the module attached to; the optimizer holds exactly the masked tensors;
+    Every site is still the module attached to, its forward the one that runs; the optimizer holds exactly the masked tensors;
     each of them has a gradient, and nothing else has. Raises `TrainingError` naming the first
     tensor that breaks one of these.
     """
@@ -135,7 +135,13 @@ def check_training(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
         raise TrainingError(
             "modules with adapters were replaced or resized after attaching",
             saw=f"{gone[0]} and {len(gone) - 1} more (resize_token_embeddings does this)",
-            do="detach, change the model, attach again (inlay.save and inlay.load keep the weights)",
+            do="detach, then attach again: change the model before its adapters",
+        )
+    if patched := bypassed(state):
+        raise TrainingError(
+            "a forward was replaced after attaching, so adapters there have no effect",
+            saw=f"{patched[0]} and {len(patched) - 1} more",
+            do="remove that patch: del module.forward",
         )
     _refuse_offloaded(state)
     names = {id(p): n for n, p in model.named_parameters()}
@@ -179,7 +185,7 @@ def _refuse_offloaded(state: State) -> None:
         raise TrainingError(
             "trainable tensors are offloaded, and what is offloaded cannot learn",
             saw=f"{gone[0]} ({len(gone)} in all)",
-            do="offload the base first, then attach (inlay.save and inlay.load keep the weights)",
+            do="build the optimizer from inlay.parameter_groups(model) after offloading",
         )
 
 

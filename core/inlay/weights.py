@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.errors import CannotMerge
+from inlay.hosts import CHILD
 from inlay.sites.site import hooks_of
 
 if TYPE_CHECKING:
@@ -140,6 +141,15 @@ def norm_offset(kind: type[nn.Module]) -> float:
     return 1.0 if "Gemma" in kind.__name__ and "Gemma3n" not in kind.__name__ else 0.0
 
 
+def sources(site: ModuleSite) -> list[Tensor]:
+    """Return the tensors that a site's weight and bias are, or, under a parametrization, are computed from."""
+    module = site.module
+    if site.weight_name not in module._parameters:
+        return [p for n, p in module.named_parameters() if not n.startswith(f"{CHILD}.")]
+    found = (stored(module, name) for name in (site.weight_name, site.bias_name) if name)
+    return [tensor for tensor in found if tensor is not None]
+
+
 class Level:
     """Weight and bias of a site after the folds of the members below, as deltas above may ask for.
 
@@ -190,8 +200,7 @@ class Level:
         return weight, bias
 
     def _versions(self) -> tuple[int, ...]:
-        base = [stored(self.site.module, n) for n in (self.site.weight_name, self.site.bias_name) if n]
-        tensors = [t for t in base if t is not None] + [p for d in self.below for p in d.reached()]
+        tensors = [*sources(self.site), *(p for d in self.below for p in d.reached())]
         return tuple(v for t in tensors for v in (t.data_ptr(), t._version))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -186,6 +186,19 @@ def test_a_folder_that_is_a_link_is_followed(tmp_path: Path) -> None:
     inlay.load(folders.base(), tmp_path / "link")
 
 
+def test_a_base_with_a_large_tensor_is_told_from_another(tmp_path: Path) -> None:
+    """2^25 elements, one layer of a 7B model: no float32 names its last place."""
+    model, other = folders.base(), folders.base()
+    for m in (model, other):
+        m.register_buffer("large", torch.zeros(2**25, dtype=torch.uint8))
+    inlay.attach(model, folders.STACK)
+    inlay.save(model, tmp_path)
+    inlay.load(other, tmp_path, "same")
+    other.large[-1] = 1
+    with pytest.warns(UserWarning, match="saved for another base: weights"):
+        inlay.load(other, tmp_path, "changed")
+
+
 # -- refused while saving ------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from contract_checks import (
     check_checkpointing,
     check_gradients,
     check_round_trip,
+    check_routing,
     logits,
     offered,
     padded,
@@ -44,6 +45,7 @@ from inlay.authoring import (
     setting,
 )
 from inlay.errors import StateError
+from inlay_adapter import SerialAdapter
 from inlay_lora import DoRA, LoRA
 from inlay_prefix import PrefixTuning
 
@@ -156,9 +158,34 @@ class Witnesses(Method):
         return Witness()
 
 
+class TaskShift(OutputDelta):
+    """Δy = task · v: another value for every row."""
+
+    def __init__(self, site: Site, init: Init) -> None:
+        super().__init__()
+        self.v = init.ones(site.out_features)
+
+    def forward(self, x: Tensor, y: Tensor, at: At) -> Tensor:
+        assert at.tasks is not None
+        return at.tasks[:, None, None] * self.v
+
+
+@dataclass(frozen=True)
+class TaskShifts(Method):
+    """A shift behind each norm that depends on the row's task."""
+
+    id: ClassVar[str] = "contract_task_shifts"
+    accepts: ClassVar[frozenset[str]] = frozenset({"norm"})
+    default_targets: ClassVar[tuple[str, ...]] = ("norm",)
+    reads_call: ClassVar[bool] = True
+
+    def delta(self, site: Site, init: Init) -> TaskShift:
+        return TaskShift(site, init)
+
+
 @pytest.fixture(autouse=True)
 def _offered() -> Iterator[None]:
-    with offered(SharedVector, TwoPrefixes, Wrapped, Witnesses, LTSFT):
+    with offered(SharedVector, TwoPrefixes, Wrapped, Witnesses, TaskShifts, LTSFT):
         yield
 
 
@@ -278,6 +305,29 @@ def test_a_routed_delta_is_told_about_its_own_rows() -> None:
         logits(model, padded(model, [4, 2, 3, 1]))
         logits(model, {"input_ids": padded(model, [4, 2, 3, 1])["input_ids"]})
     assert witnessed(model) == [[(0, [[0, 0, 1, 1], [0, 0, 0, 1]]), (0, None)]] * 2
+
+
+def test_a_routed_delta_may_run_a_module_that_is_routed_itself() -> None:
+    """Pfeiffer's adapter applies the block's norm, which rows of the batch have trained differently."""
+    model = build("bert")
+    serial = SerialAdapter(placement="pfeiffer", rank=2)
+    inlay.attach(model, serial, "fr", seed=0, train=("norm",))
+    inlay.attach(model, LoRA(rank=2), "de", seed=1, train=("norm",))
+    inlay.attach(model, serial, "it", seed=2)
+    for number, name in enumerate(("fr", "de", "it")):
+        stir(model, name, seed=number)
+    check_routing(model, ["it", "fr", None, "de", "fr", "it"], batch_for(model, rows=6))
+
+
+def test_rows_and_tasks_hold_in_modules_that_deltas_run() -> None:
+    model = build("bert")
+    serial = SerialAdapter(placement="pfeiffer", rank=2)
+    inlay.attach(model, serial + TaskShifts(), "fr", seed=0)
+    inlay.attach(model, serial + TaskShifts(), "de", seed=1)
+    for name in ("fr", "de"):
+        stir(model, name, seed=len(name) + ord(name[0]))
+    batch = batch_for(model, rows=5)
+    check_routing(model, ["de", "fr", None, "fr", "de"], batch, tasks=[1, 2, 3, 4, 5])
 
 
 def test_encoder_decoder_masks_are_told_apart() -> None:

@@ -49,6 +49,10 @@ class Composite(Method):
         return any(part.prepares for part in self.parts().values())
 
     @property
+    def starts_as_identity(self) -> bool:  # type: ignore[override]
+        return all(part.starts_as_identity for part in self.parts().values())
+
+    @property
     def reads_call(self) -> bool:  # type: ignore[override]
         return any(part.reads_call for part in self.parts().values())
 

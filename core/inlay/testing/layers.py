@@ -10,6 +10,21 @@ from torch import Tensor, nn
 import inlay
 from inlay.delta import Delta
 from inlay.stack import need_state
+from inlay.testing.tools import lively
+
+
+def settled(family: str, *, seed: int = 0, **changes: Any) -> nn.Module:
+    """Return a `lively` model with its biases away from 0 and its norms' gains away from 1.
+
+    A fresh model's biases are all 0: a fold that forgets them, or a method that scales them, would not show.
+    """
+    model = lively(family, seed=seed, **changes)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
 
 
 def deltas_of(model: nn.Module, name: str = "default") -> dict[str, Delta]:

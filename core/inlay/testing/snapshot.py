@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ def _mapping(what: str, before: dict[str, Any], after: dict[str, Any], same: Any
 
 
 def _plain_equal(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and isinstance(a, str | int | float | bool | bytes) and a == b
+    return type(a) is type(b) and isinstance(a, str | int | float | bool | bytes | MethodType) and a == b
 
 
 def _same_content(a: Any, b: Any) -> bool:

@@ -14,6 +14,7 @@ from transformers import BartConfig, BartForConditionalGeneration, BertConfig, B
 
 import inlay
 from inlay.authoring import ConfigError, Delta, TargetError
+from inlay.errors import AttachError
 from inlay.stack import need_state
 from inlay.testing.effects import output
 from inlay.testing.models import batch_for, build
@@ -299,12 +300,23 @@ def test_refuses_targets_that_contradict_the_settings(targets: list[str], saw: s
         inlay.attach(build("bert"), SerialAdapter(targets=targets, train_layernorms=True))
 
 
-def test_refuses_a_residual_that_is_not_found() -> None:
+def bart() -> nn.Module:
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 64, "encoder_ffn_dim": 16,
              "decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2}  # fmt: skip
-    model = BartForConditionalGeneration(BartConfig(**sizes, max_position_embeddings=16))
+    return BartForConditionalGeneration(BartConfig(**sizes, max_position_embeddings=16)).eval()
+
+
+def test_refuses_a_residual_that_is_not_found() -> None:
     with pytest.raises(TargetError, match='use placement="houlsby"'):
-        inlay.attach(model, SerialAdapter("pfeiffer", targets=["cross_attention"]))
+        inlay.attach(bart(), SerialAdapter("pfeiffer", targets=["cross_attention"]))
+
+
+def test_says_where_a_residual_is_not_known_in_time() -> None:
+    """BART adds the residual before a norm that looks, in the module tree, like a pre-norm model's."""
+    model = bart()
+    inlay.attach(model, SerialAdapter("pfeiffer", targets=["attention"]))
+    with pytest.raises(AttachError, match=r"layers\.0\.attention: its norm runs after the residual"):
+        output(model, {"input_ids": torch.tensor([[5, 6, 7]])})
 
 
 def test_says_why_it_cannot_be_merged() -> None:

@@ -11,9 +11,11 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import inlay
-from inlay.testing.layers import deltas_of, fit, watch
+from inlay.stack import need_state
+from inlay.testing.layers import deltas_of, fit, settled, watch
 from inlay.testing.models import FAMILIES, batch_for, build
-from inlay.testing.tools import distance, lively, shake
+from inlay.testing.tools import distance, shake
+from inlay.weights import Level
 from inlay_lora import DoRA, LoRA
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -28,7 +30,7 @@ def reference(weight: Tensor, delta: nn.Module, s: float) -> Tensor:
 
 def adapted(family: str, method: DoRA) -> nn.Module:
     """Return a tiny model with a DoRA whose every tensor is away from its start."""
-    model = lively(family)
+    model = settled(family)
     inlay.attach(model, method, seed=0)
     shake(model)
     return model
@@ -37,7 +39,7 @@ def adapted(family: str, method: DoRA) -> nn.Module:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_starts_at_the_base(family: str) -> None:
-    model = lively(family)
+    model = settled(family)
     batch = batch_for(model)
     model(**batch)  # T5 notes a dtype at its first call
     before = model(**batch).logits
@@ -108,7 +110,7 @@ def test_row_norms_of_the_merged_weight_are_the_magnitudes() -> None:
 
 def test_a_change_along_the_weight_itself_changes_nothing() -> None:
     method = DoRA(rank=32, alpha=32, targets=["query"], layers=[0])
-    model = lively("bert")
+    model = settled("bert")
     inlay.attach(model, method, seed=0)
     layer, delta = model.get_submodule(QUERY), deltas_of(model)[QUERY]
     batch = batch_for(model)
@@ -144,7 +146,7 @@ def test_count() -> None:
 
 def test_two_stacked_act_one_after_the_other() -> None:
     first, second = DoRA(rank=4, targets=["query"]), DoRA(rank=2, targets=["query"])
-    model = lively("bert")
+    model = settled("bert")
     inlay.attach(model, first.named("a") + second.named("b"), "two", seed=0)
     shake(model)
     layer = model.get_submodule(QUERY)
@@ -160,7 +162,7 @@ def test_two_stacked_act_one_after_the_other() -> None:
 
 @torch.no_grad()
 def test_on_top_of_a_trained_adapter_it_starts_where_that_left() -> None:
-    model = lively("bert")
+    model = settled("bert")
     inlay.attach(model, LoRA(targets=["query", "up"]), "lora", seed=0)
     shake(model)
     batch = batch_for(model)
@@ -172,7 +174,7 @@ def test_on_top_of_a_trained_adapter_it_starts_where_that_left() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_gradients_reach_a_lora_below_exactly(dropout: float) -> None:
     below, above = LoRA(rank=4, targets=["query"]), DoRA(rank=2, dropout=dropout, targets=["query"])
-    model = lively("bert")
+    model = settled("bert")
     inlay.attach(model, below + above, "s", seed=0)
     shake(model)
     layer = model.get_submodule(QUERY)
@@ -193,24 +195,36 @@ def test_gradients_reach_a_lora_below_exactly(dropout: float) -> None:
         assert distance(a, b) < 1e-5
 
 
-def test_norms_follow_a_base_that_changes() -> None:
+@pytest.mark.parametrize("way", ["weight in place", "weight replaced", "bias in place"])
+def test_it_follows_a_base_that_changes(way: str) -> None:
     method = DoRA(rank=4, targets=["query"], layers=[0])
     model = adapted("bert", method)
     layer, delta = model.get_submodule(QUERY), deltas_of(model)[QUERY]
     batch = batch_for(model)
     model(**batch)
-    for change in (
-        lambda: layer.weight.mul_(1.5),
-        lambda: setattr(layer.weight, "data", layer.weight.data + 0.1),
-    ):
-        with torch.no_grad():
-            change()
-        x, y = watch(model, QUERY, batch)
-        assert distance(y, F.linear(x, reference(layer.weight, delta, method.scale), layer.bias)) < 1e-5
+    with torch.no_grad():
+        if way == "weight in place":
+            layer.weight.mul_(1.5)
+        elif way == "weight replaced":
+            layer.weight.data = layer.weight.data + 0.1
+        else:
+            layer.bias.add_(0.5)
+    x, y = watch(model, QUERY, batch)
+    assert distance(y, F.linear(x, reference(layer.weight, delta, method.scale), layer.bias)) < 1e-5
+
+
+def test_in_sixteen_bits_the_level_follows_the_bias_too() -> None:
+    model = adapted("bert", DoRA(targets=["query"], layers=[0])).to(torch.bfloat16)
+    layer = model.get_submodule(QUERY)
+    level = Level(need_state(model).find("default")[0].adapter.sites[0], ())
+    assert torch.equal(level.bias, layer.bias.float())
+    with torch.no_grad():
+        layer.bias.add_(0.5)
+    assert torch.equal(level.bias, layer.bias.float())
 
 
 def test_a_row_of_zeros_stays_finite() -> None:
-    model = lively("bert")
+    model = settled("bert")
     with torch.no_grad():
         model.get_submodule(QUERY).weight[3] = 0
     inlay.attach(model, DoRA(), seed=0)
@@ -235,7 +249,7 @@ def test_magnitudes_are_exempt_from_weight_decay() -> None:
 
 
 def test_in_bfloat16_small_steps_of_the_magnitude_are_kept() -> None:
-    model = lively("bert").to(torch.bfloat16)
+    model = settled("bert").to(torch.bfloat16)
     batch = batch_for(model, labels=True)
     before = model(**batch).logits.detach()
     inlay.attach(model, DoRA(targets=["query"]), seed=0)
@@ -264,7 +278,7 @@ def test_it_compiles_as_one_graph() -> None:
 
 @pytest.mark.parametrize(("family", "fraction"), [("llama", 0.6), ("gpt2", 0.6), ("bert", 0.2)])
 def test_it_learns(family: str, fraction: float) -> None:
-    model = lively(family)
+    model = settled(family)
     inlay.attach(model, DoRA(), seed=0)
     before, after = fit(model, batch_for(model, rows=6, labels=True))
     assert before > 0.5

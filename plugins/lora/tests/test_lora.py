@@ -19,15 +19,15 @@ from transformers import (
 
 import inlay
 from inlay.errors import ConfigError
-from inlay.testing.layers import deltas_of, fit, watch
+from inlay.testing.layers import deltas_of, fit, settled, watch
 from inlay.testing.models import FAMILIES, batch_for, build
-from inlay.testing.tools import distance, lively, shake
+from inlay.testing.tools import distance, shake
 from inlay_lora import LoRA
 
 
 def adapted(family: str, method: LoRA, **changes: object) -> nn.Module:
     """Return a tiny model with a LoRA whose every tensor is away from its start."""
-    model = lively(family, **changes)
+    model = settled(family, **changes)
     inlay.attach(model, method, seed=0)
     shake(model)
     return model
@@ -120,7 +120,7 @@ def gemma() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "path", "factor"),
     [
-        (lambda: lively("bert"), "bert.embeddings.word_embeddings", 1.0),
+        (lambda: settled("bert"), "bert.embeddings.word_embeddings", 1.0),
         (bart, "model.encoder.embed_tokens", math.sqrt(32)),
         (gemma, "model.embed_tokens", math.sqrt(32)),
     ],
@@ -142,7 +142,7 @@ def test_embedding_is_the_formula_times_the_models_own_scale(make: object, path:
 
 
 def test_the_padding_row_never_learns() -> None:
-    model = lively("bert")
+    model = settled("bert")
     inlay.attach(model, LoRA(targets=["embedding"]), seed=0)
     delta = deltas_of(model)["bert.embeddings.word_embeddings"]
     ids = torch.tensor([[5, 9, 0, 0], [7, 0, 0, 0]])
@@ -152,7 +152,7 @@ def test_the_padding_row_never_learns() -> None:
 
 
 def test_only_the_factor_beside_the_zero_one_learns_at_first() -> None:
-    model = lively("bert")
+    model = settled("bert")
     inlay.attach(model, LoRA(targets=["query", "embedding"]), seed=0)
     model(**batch_for(model, labels=True)).loss.backward()
     for name, delta in deltas_of(model).items():
@@ -217,7 +217,7 @@ def test_an_untied_embedding_merges() -> None:
 
 
 def test_a_tied_embedding_does_not_merge() -> None:
-    model = lively("qwen")
+    model = settled("qwen")
     inlay.attach(model, LoRA(targets=["embedding"]), seed=0)
     shake(model)
     with pytest.raises(inlay.CannotMerge, match="tied to lm_head"):
@@ -286,7 +286,7 @@ def test_settings_are_checked(setting: str, value: object) -> None:
 
 @pytest.mark.parametrize(("family", "fraction"), [("llama", 0.7), ("gpt2", 0.7), ("bert", 0.3)])
 def test_it_learns(family: str, fraction: float) -> None:
-    model = lively(family)
+    model = settled(family)
     inlay.attach(model, LoRA(), seed=0)
     batch = batch_for(model, rows=6, labels=True)
     before, after = fit(model, batch)

@@ -29,7 +29,7 @@ class PrefixTuning(PrefixMethod):
 
     id: ClassVar[str] = "prefix_tuning"
     paper: ClassVar[str] = "2101.00190"
-    generator_lr: ClassVar[float] = 2e-4
+    generator_lr: ClassVar[float] = 1e-4
     lr: ClassVar[float] = generator_lr
 
     reparam: bool = setting(True)

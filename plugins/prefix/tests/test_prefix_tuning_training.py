@@ -120,13 +120,13 @@ def test_it_learns(form: str) -> None:
     inlay.attach(model, method, seed=0)
     batch = batch_for(model, rows=8, labels=True)
     before, after = fit(model, batch)
-    assert after < 0.5 * before
+    assert after < {"generator": 0.65, "flat": 0.3}[form] * before
 
 
 def test_a_generator_takes_a_smaller_rate_than_its_values() -> None:
     model = build("bert")
     inlay.attach(model, PrefixTuning(hidden=16))
-    assert [(g["lr"], g["weight_decay"]) for g in inlay.parameter_groups(model)] == [(2e-4, 0.0)]
+    assert [(g["lr"], g["weight_decay"]) for g in inlay.parameter_groups(model)] == [(1e-4, 0.0)]
     fold(model, "default")
     assert [(g["lr"], g["weight_decay"]) for g in inlay.parameter_groups(model)] == [(5e-2, 0.0)]
     assert [g["lr"] for g in inlay.parameter_groups(model, lr=0.3)] == [0.3]

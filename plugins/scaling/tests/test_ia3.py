@@ -11,15 +11,15 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import inlay
-from inlay.testing.layers import deltas_of, fit, watch
+from inlay.testing.layers import deltas_of, fit, settled, watch
 from inlay.testing.models import FAMILIES, batch_for, build
-from inlay.testing.tools import distance, lively, shake
+from inlay.testing.tools import distance, shake
 from inlay_scaling import IA3
 
 
 def adapted(family: str, **settings: Any) -> nn.Module:
     """Return a tiny model with an (IA)^3 whose vectors are away from 1."""
-    model = lively(family)
+    model = settled(family)
     inlay.attach(model, IA3(**settings), seed=0)
     shake(model)
     return model
@@ -129,7 +129,7 @@ def test_folded_weights() -> None:
 
 
 def test_scaling_the_linear_half_of_a_gated_unit_is_scaling_the_down_projections_input() -> None:
-    outside, inside = adapted("t5", targets=["up"]), lively("t5")
+    outside, inside = adapted("t5", targets=["up"]), settled("t5")
     inlay.attach(inside, IA3(targets=["down"]), seed=0)
     ours = {site.rpartition(".")[0]: delta for site, delta in deltas_of(outside).items()}
     assert len(ours) == 4
@@ -142,7 +142,7 @@ def test_scaling_the_linear_half_of_a_gated_unit_is_scaling_the_down_projections
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_constant_on_keys_multiplies_the_attention_logits(family: str) -> None:
-    model, base = lively(family), lively(family)
+    model, base = settled(family), settled(family)
     batch = batch_for(model)
     inlay.attach(model, IA3(targets=["key"]), seed=0)
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_a_constant_on_keys_multiplies_the_attention_logits(family: str) -> None
 
 
 def test_two_adapters_multiply() -> None:
-    model = lively("bert")
+    model = settled("bert")
     inlay.attach(model, IA3(), "a", seed=0)
     inlay.attach(model, IA3(), "b", seed=1)
     shake(model)
@@ -175,7 +175,7 @@ def test_no_weight_decay() -> None:
 
 
 def test_in_bfloat16_small_steps_are_kept() -> None:
-    model = lively("bert").to(torch.bfloat16)
+    model = settled("bert").to(torch.bfloat16)
     inlay.attach(model, IA3(), seed=0)
     optimizer = torch.optim.AdamW(inlay.parameter_groups(model, lr=1e-4))
     model(**batch_for(model, labels=True)).loss.backward()
@@ -186,7 +186,7 @@ def test_in_bfloat16_small_steps_are_kept() -> None:
 
 @pytest.mark.parametrize(("family", "fraction"), [("llama", 0.8), ("gpt2", 0.7), ("bert", 0.3)])
 def test_it_learns(family: str, fraction: float) -> None:
-    model = lively(family)
+    model = settled(family)
     inlay.attach(model, IA3(), seed=0)
     before, after = fit(model, batch_for(model, rows=6, labels=True))
     assert before > 0.5

@@ -11,15 +11,15 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import inlay
 from inlay.errors import ConfigError, MergedError
-from inlay.testing.layers import deltas_of, fit, watch
+from inlay.testing.layers import deltas_of, fit, settled, watch
 from inlay.testing.models import FAMILIES, batch_for, build
-from inlay.testing.tools import distance, lively, shake
+from inlay.testing.tools import distance, shake
 from inlay_scaling import SSF
 
 
 def adapted(family: str, **settings: Any) -> nn.Module:
     """Return a tiny model with an SSF well away from its start."""
-    model = lively(family)
+    model = settled(family)
     inlay.attach(model, SSF(**settings), seed=0)
     shake(model)
     return model
@@ -34,7 +34,7 @@ def pair(model: nn.Module, site: str) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_start(family: str) -> None:
-    model = lively(family)
+    model = settled(family)
     batch = batch_for(model)
     model(**batch)  # T5 notes a dtype at its first call
     before = model(**batch).logits
@@ -100,7 +100,7 @@ def test_count_of_vit_b16() -> None:
 @pytest.mark.parametrize("family", ["bert", "gpt2", "vit"])
 def test_merged_equals_adapted(family: str) -> None:
     model = adapted(family)
-    shapes = {k: v.shape for k, v in lively(family).state_dict().items()}
+    shapes = {k: v.shape for k, v in settled(family).state_dict().items()}
     batch = batch_for(model)
     before = model(**batch).logits.detach()
     assert inlay.merge(model, undo=False).worst < 1e-5
@@ -118,13 +118,13 @@ def test_layers_without_a_bias_get_one() -> None:
     assert torch.equal(model.model.layers[0].mlp.up_proj.bias, beta)
     assert distance(model.model.layers[0].mlp.up_proj.weight, expected) < 1e-7
     assert distance(model(**batch).logits, before) < 1e-5
-    new = model.state_dict().keys() - lively("llama").state_dict().keys()
+    new = model.state_dict().keys() - settled("llama").state_dict().keys()
     assert len(new) == 14
     assert all(key.endswith("_proj.bias") for key in new)
 
 
 def test_a_patch_embedding_without_a_bias_gets_one() -> None:
-    model = lively("vit")
+    model = settled("vit")
     patches = model.get_submodule("vit.embeddings.patch_embeddings.projection")
     patches.bias = None
     inlay.attach(model, SSF(), seed=0)
@@ -155,7 +155,7 @@ def test_a_scale_alone_behind_such_a_norm_merges() -> None:
     before = model(**batch).logits.detach()
     inlay.merge(model, undo=False)
     assert distance(model(**batch).logits, before) < 1e-5
-    assert model.state_dict().keys() == lively("llama").state_dict().keys()
+    assert model.state_dict().keys() == settled("llama").state_dict().keys()
 
 
 def test_merging_twice_is_an_error() -> None:
@@ -178,7 +178,7 @@ def test_settings_are_checked() -> None:
 
 @pytest.mark.parametrize(("family", "fraction"), [("llama", 0.6), ("gpt2", 0.6), ("bert", 0.3), ("vit", 0.2)])
 def test_it_learns(family: str, fraction: float) -> None:
-    model = lively(family)
+    model = settled(family)
     inlay.attach(model, SSF(), seed=0)
     before, after = fit(model, batch_for(model, rows=6, labels=True))
     assert before > 0.5

@@ -12,9 +12,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import inlay
 from inlay.errors import ConfigError, TargetError
-from inlay.testing.layers import deltas_of, fit
+from inlay.testing.layers import deltas_of, fit, settled
 from inlay.testing.models import batch_for, build
-from inlay.testing.tools import distance, lively, shake
+from inlay.testing.tools import distance, shake
 from inlay_selective import BitFit
 
 BIASED = ["gpt2", "bert", "roberta", "vit", "qwen"]
@@ -50,7 +50,7 @@ def test_all_means_every_bias_but_the_heads_and_starts_at_the_base(family: str) 
 @pytest.mark.parametrize("family", BIASED)
 @torch.no_grad()
 def test_output_is_that_of_the_model_with_those_biases(family: str) -> None:
-    model = lively(family)
+    model = settled(family)
     expected, batch = copy.deepcopy(model), batch_for(model)
     before = model(**batch).logits
     inlay.attach(model, BitFit(), seed=0)
@@ -85,7 +85,7 @@ def test_the_head_is_trained_beside_it() -> None:
 
 
 def test_training_moves_nothing_but_the_chosen_biases() -> None:
-    model = lively("bert")
+    model = settled("bert")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     inlay.attach(model, BitFit(terms=["query"]), seed=0)
     fit(model, batch_for(model, labels=True), steps=3)
@@ -105,8 +105,8 @@ def key_to_query(model: nn.Module, attention: str, key: str, query: str) -> floa
 
 
 def test_the_key_bias_gets_no_gradient_but_under_rotary_positions() -> None:
-    assert key_to_query(lively("bert"), "bert.encoder.layer.1.attention.self", "key", "query") < 1e-4
-    assert key_to_query(lively("qwen"), "model.layers.1.self_attn", "k_proj", "q_proj") > 1e-2
+    assert key_to_query(settled("bert"), "bert.encoder.layer.1.attention.self", "key", "query") < 1e-4
+    assert key_to_query(settled("qwen"), "model.layers.1.self_attn", "k_proj", "q_proj") > 1e-2
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
@@ -151,7 +151,7 @@ def test_no_weight_decay() -> None:
 
 @pytest.mark.parametrize(("family", "fraction"), [("gpt2", 0.8), ("bert", 0.3), ("vit", 0.2)])
 def test_it_learns(family: str, fraction: float) -> None:
-    model = lively(family)
+    model = settled(family)
     inlay.attach(model, BitFit(), seed=0)
     before, after = fit(model, batch_for(model, rows=6, labels=True))
     assert before > 0.5

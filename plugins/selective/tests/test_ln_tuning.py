@@ -22,9 +22,9 @@ from transformers import (
 
 import inlay
 from inlay.errors import ConfigError, TargetError
-from inlay.testing.layers import deltas_of, fit, watch
+from inlay.testing.layers import deltas_of, fit, settled, watch
 from inlay.testing.models import FAMILIES, batch_for, build
-from inlay.testing.tools import distance, lively, shake
+from inlay.testing.tools import distance, shake
 from inlay_selective import LNTuning
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
@@ -56,7 +56,7 @@ def test_starts_exactly_at_the_base(family: str) -> None:
 @pytest.mark.parametrize("terms", [["weight", "bias"], ["weight"], ["bias"]])
 @torch.no_grad()
 def test_output_is_that_of_the_model_with_those_norms(terms: list[str]) -> None:
-    model = lively("bert")
+    model = settled("bert")
     expected, batch = copy.deepcopy(model), batch_for(model)
     before = model(**batch).logits
     inlay.attach(model, LNTuning(terms=terms), seed=0)
@@ -70,7 +70,7 @@ def test_output_is_that_of_the_model_with_those_norms(terms: list[str]) -> None:
 
 
 def test_a_norm_is_the_formula() -> None:
-    model = lively("bert")
+    model = settled("bert")
     inlay.attach(model, LNTuning(), seed=0)
     shake(model)
     site = "bert.encoder.layer.1.output.LayerNorm"
@@ -124,7 +124,7 @@ def test_norms_on_single_heads_are_left_out() -> None:
 
 
 def test_training_moves_nothing_but_norms() -> None:
-    model = lively("bert")
+    model = settled("bert")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     inlay.attach(model, LNTuning(), seed=0)
     fit(model, batch_for(model, labels=True), steps=3)
@@ -135,7 +135,7 @@ def test_training_moves_nothing_but_norms() -> None:
 
 @torch.no_grad()
 def test_two_adapters_coexist_with_one_active() -> None:
-    model = lively("bert")
+    model = settled("bert")
     batch = batch_for(model)
     inlay.attach(model, LNTuning(), "a", seed=0)
     shake(model, "a")
@@ -151,7 +151,7 @@ def test_two_adapters_coexist_with_one_active() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_merge_and_unmerge(family: str) -> None:
-    model = lively(family)
+    model = settled(family)
     base = {k: v.clone() for k, v in model.state_dict().items()}
     objects = {n: id(p) for n, p in model.named_parameters()}
     batch = batch_for(model)
@@ -185,7 +185,7 @@ def test_no_weight_decay() -> None:
 
 @pytest.mark.parametrize(("family", "fraction"), [("llama", 0.85), ("bert", 0.3), ("vit", 0.2)])
 def test_it_learns(family: str, fraction: float) -> None:
-    model = lively(family)
+    model = settled(family)
     inlay.attach(model, LNTuning(), seed=0)
     before, after = fit(model, batch_for(model, rows=6, labels=True))
     assert before > 0.5

@@ -102,7 +102,6 @@ class UniPELT(Composite):
     id: ClassVar[str] = "unipelt"
     paper: ClassVar[str] = "2110.07577"
     reads_call: ClassVar[bool] = True
-    starts_as_identity: ClassVar[bool] = False
 
     lora: Method | None = setting(None)
     adapter: Method | None = setting(None)
