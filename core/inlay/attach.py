@@ -377,7 +377,8 @@ def bypassed(state: State) -> list[str]:
 def sites_still_there(state: State) -> list[str]:
     """Return the names of sites that are no longer the objects attached to, or of another size now."""
     now = dict(state.model.named_modules(remove_duplicate=False))
-    ports = [(p.site.name, p.site.module) for p in (*state.attention_ports, *state.block_ports)]
-    gone = [name for name, module in [*state.hosts, *ports] if now.get(name) is not module]
+    places = [*state.hosts, *((p.site.name, p.site.module) for p in state.attention_ports)]
+    places += [(p.site.name, p.site.module) for p in state.block_ports]
+    gone = [name for name, module in places if now.get(name) is not module]
     sites = {site.name: site for p in reversed(state.placed.values()) for site, _ in p.adapter.placed}
     return gone + [name for name, s in sites.items() if isinstance(s, ModuleSite) and s.resized]

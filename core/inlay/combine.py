@@ -41,7 +41,9 @@ def combine(
     for source, weight in weights.items():
         if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not math.isfinite(weight):
             raise ConfigError(
-                "this is no weight of an adapter", saw=f"{source!r}: {shown(weight)}", do="give a finite number"
+                "this is no weight of an adapter",
+                saw=f"{source!r}: {shown(weight)}",
+                do="give a finite number",
             )
     sources = {n: state.find(n) for n in weights}
     _check_alike(sources)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from inlay.delta import WeightDelta
-from inlay.stack import State, base_state_dict, state_of
+from inlay.stack import State, only_base, state_of
+from inlay.weights import is_quantised, tensors_of
 
 VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "id2label",
             "label2id", "architectures", "output_hidden_states", "output_attentions")  # fmt: skip
@@ -22,7 +23,8 @@ def identity(model: nn.Module) -> dict[str, Any]:
     """Return what says whether an adapter was made for this base.
 
     Tensors that an adapter replaces (trained heads) are left out of the weights' sample: freshly
-    initialised, they differ in every process.
+    initialised, they differ in every process. So are quantised ones, which stand there with the
+    shape of what they stand for.
     """
     left_out = sorted(_replaced(state_of(model)))
     return {**_facts(model, left_out), "left_out": left_out}
@@ -42,9 +44,12 @@ def differences(saved: dict[str, Any], model: nn.Module) -> list[str]:
 
 
 def _facts(model: nn.Module, left_out: Iterable[str]) -> dict[str, Any]:
-    tensors = {k: t for k, t in base_state_dict(model).items() if isinstance(t, torch.Tensor)}
+    tensors = only_base(model, tensors_of(model))
+    modules = model.named_modules(remove_duplicate=False)
+    quantised: dict[str, Any] = {f"{n}.weight".lstrip("."): m for n, m in modules if is_quantised(m)}
     shapes = {k: list(t.shape) for k, t in tensors.items()}
-    omitted = set(left_out)
+    shapes |= {k: [m.out_features, m.in_features] for k, m in quantised.items()}
+    omitted = {*left_out, *quantised}
     return {
         "architecture": type(model).__name__,
         "config": _digest(json.dumps(_config(model), sort_keys=True, default=str).encode()),

@@ -305,13 +305,11 @@ def _shared_with(state: State, site: ModuleSite) -> str:
     kept = stored(site.module, site.weight_name)
     assert kept is not None
     storage = kept.untyped_storage().data_ptr()
-    for name, _ in state.model.named_parameters(remove_duplicate=False):
-        owner = state.model.get_submodule(name.rpartition(".")[0])
-        if owner is site.module:
-            continue
-        other = stored(owner, name.rpartition(".")[2])
-        if other is not None and other.untyped_storage().data_ptr() == storage != 0:
-            return f"its storage is tied to {name}; untie them, or keep it attached"
+    for path, owner in state.model.named_modules(remove_duplicate=False):
+        for name in owner._parameters if owner is not site.module else ():
+            other = stored(owner, name)
+            if other is not None and other.untyped_storage().data_ptr() == storage != 0:
+                return f"its storage is tied to {path}.{name}; untie them, or keep it attached"
     return ""
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from inlay.context import At, Slot
 from inlay.delta import Change, Delta, WeightDelta
 from inlay.sites import ModuleSite, Site
-from inlay.weights import Level, as_stored
+from inlay.weights import Level, as_stored, holds_bias
 
 Base = Callable[..., Any]
 
@@ -117,29 +117,38 @@ class Overlay(Program):
             self.levels.append(Level(site, [m.delta for m in folded if m.at.site.name == site.name]))
 
     def __call__(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        shadow = self.shadow(module)
+        shadow, shift = self.shadow(module)
         forward = type(shadow).forward
-        if not self.members:
+        if not self.members and shift is None:
             return forward(shadow, *args, **kwargs)
         x, args, kwargs = take_first(args, kwargs)
-        return self.run(lambda inner: forward(shadow, inner, *args, **kwargs), x)
 
-    def shadow(self, module: nn.Module) -> Any:
-        """Return an object of the module's own class that holds the changed tensors.
+        def changed(inner: Tensor) -> Any:
+            y = forward(shadow, inner, *args, **kwargs)
+            return y if shift is None else y + shift.to(y.dtype)
+
+        return self.run(changed, x)
+
+    def shadow(self, module: nn.Module) -> tuple[Any, Tensor | None]:
+        """Return an object of the module's own class that holds the changed tensors, and a bias it cannot.
 
         Nothing may compute them again: neither a parametrization, whose class has a property of
         that name, nor an attribute that a hook sets (both weight norms of torch).
         """
         changed: dict[str, Tensor] = {}
+        shift: Tensor | None = None
         for level in self.levels:
-            changed.update(as_stored(level.site, *level.tensors()))
+            weight, bias = level.tensors()
+            if not holds_bias(level.site):
+                shift, bias = bias, None
+            changed.update(as_stored(level.site, weight, bias, changed))
         kind: Any = module._inlay_base
         while any(isinstance(vars(kind).get(name), property) for name in changed):
             kind = kind.__bases__[0]
         shadow: Any = object.__new__(kind)
         attributes = {k: v for k, v in module.__dict__.items() if k not in changed}
         shadow.__dict__ = {**attributes, "_parameters": {**module._parameters, **changed}}
-        return shadow
+        return shadow, shift
 
 
 class OnOutput:

@@ -46,6 +46,8 @@ class Registry:
         self._manager.add_hookspecs(hookspecs)
         self._adopted: dict[type[Method], Any] = {}
         self._local: dict[str, type[Method]] = {}
+        self._offers: dict[str, list[Origin]] = {}
+        self._stamp: tuple[Any, ...] = ()
         self._lasting = False  # whether the observers named in the environment wrap the hooks yet
         if os.environ.get("INLAY_TRACE") == "1":
             self._manager.add_hookcall_monitoring(_print_call, lambda *_: None)
@@ -53,7 +55,13 @@ class Registry:
     # -- names -----------------------------------------------------------------------------------
 
     def origins(self) -> dict[str, list[Origin]]:
-        """Return what is offered under each name, from metadata alone."""
+        """Return what is offered under each name, from metadata alone; read again when packages change."""
+        stamp = (os.environ.get("INLAY_LOAD_PLUGINS"), *((p, _changed(p)) for p in sys.path))
+        if stamp != self._stamp:
+            self._offers, self._stamp = self._read_origins(), stamp
+        return self._offers
+
+    def _read_origins(self) -> dict[str, list[Origin]]:
         allowed = os.environ.get("INLAY_LOAD_PLUGINS")
         chosen = None if allowed is None else {*map(_canonical, allowed.split(",")), hookspecs.PROJECT}
         found: dict[str, list[Origin]] = {}
@@ -272,6 +280,14 @@ def _origin(entry: EntryPoint) -> Origin:
     if distribution is None:
         return Origin(entry.name, entry.value.split(":")[0].split(".")[0], "", entry.value)
     return Origin(entry.name, distribution.metadata["Name"], distribution.version, entry.value)
+
+
+def _changed(path: str) -> int:
+    """Return when a folder of packages last changed; 0 if it is none."""
+    try:
+        return os.stat(path or ".").st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _canonical(distribution: str) -> str:

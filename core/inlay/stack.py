@@ -297,8 +297,12 @@ def need_state(model: nn.Module) -> State:
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the base's own tensors under their own names, as if nothing were attached or merged."""
+    return only_base(model, stored_state(model))
+
+
+def only_base(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return those of `tensors` that are the base's, with the values they had before a merge."""
     state = state_of(model)
-    tensors = stored_state(model)
     if state is None:
         return tensors
     own = _own_prefixes(state)
@@ -315,4 +319,5 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _own_prefixes(state: State) -> tuple[str, ...]:
-    return tuple(f"{name}." for name, m in state.model.named_modules() if isinstance(m, Deltas))
+    modules = state.model.named_modules(remove_duplicate=False)
+    return tuple(f"{name}." for name, m in modules if isinstance(m, Deltas))

@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import struct
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from inlay.manifest import FILE, damaged
 
 PATTERN = re.compile(r"adapter-[0-9a-f]{64}\.safetensors")
 MAX_HEADER = 16 << 20
+PATIENCE = 60.0  # seconds that a process waits for others that save to the same folder
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool}  # fmt: skip
@@ -194,10 +196,24 @@ def _turn(folder: Path) -> Iterator[None]:
     """Wait until no other process writes to the folder; where locks do not exist, go on."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(ImportError, OSError):
+        with suppress(ImportError):
             import fcntl
 
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            until = time.monotonic() + PATIENCE
+            while not _taken(fcntl, descriptor):
+                if time.monotonic() > until:
+                    raise TimeoutError(f"another process has been writing there for {PATIENCE:g} s")
+                time.sleep(0.01)
         yield
     finally:
         os.close(descriptor)
+
+
+def _taken(fcntl: Any, descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True

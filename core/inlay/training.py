@@ -15,6 +15,7 @@ from inlay.attach import bypassed, refused_while_merged, sites_still_there
 from inlay.errors import RegistryError, StateError, TrainingError
 from inlay.registry import registry
 from inlay.stack import Placed, State, need_state
+from inlay.weights import is_packed
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,9 @@ def advance(model: nn.Module, name: str) -> str | None:
 def check_training(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Prove that training does what it should; call it after a backward pass.
 
-    Every site is still the module attached to, its forward the one that runs; the optimizer holds exactly the masked tensors;
-    each of them has a gradient, and nothing else has. Raises `TrainingError` naming the first
-    tensor that breaks one of these.
+    Every site is still the module attached to, its forward the one that runs; the optimizer holds
+    exactly the masked tensors; each of them has a gradient, and nothing else has. Raises
+    `TrainingError` naming the first tensor that breaks one of these.
     """
     state = need_state(model)
     if any(p.merged for p in state.placed.values()):
@@ -144,6 +145,12 @@ def check_training(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
             do="remove that patch: del module.forward",
         )
     _refuse_offloaded(state)
+    if packed := [name for name, module in model.named_modules() if is_packed(module)]:
+        raise TrainingError(
+            "a call in eval mode packed quantised weights for inference, and no gradient passes them now",
+            saw=f"{packed[0]} and {len(packed) - 1} more (bitsandbytes does this on the CPU)",
+            do="load the model again, and train before the first call in eval mode",
+        )
     names = {id(p): n for n, p in model.named_parameters()}
     learning = {id(p) for p in model.parameters() if p.requires_grad}
     own = {id(p) for _, _, p in state.own_parameters()}

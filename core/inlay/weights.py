@@ -7,7 +7,7 @@ a bare tensor's weight keeps its own shape. Slices of fused projections are cut 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,10 +46,33 @@ def stored_state(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and persistent buffers under their names in `state_dict`, as they lie.
+
+    `state_dict()` itself is no pure look: bitsandbytes repacks weights in place there, with loss.
+    """
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name in (
+            *module._parameters,
+            *(b for b in module._buffers if b not in module._non_persistent_buffers_set),
+        ):
+            tensor = stored(module, name)
+            if tensor is not None:
+                found[f"{path}.{name}".lstrip(".")] = tensor
+    return found
+
+
 def is_quantised(module: nn.Module) -> bool:
     """Return whether the module keeps its weight in fewer bits than it computes in (bitsandbytes)."""
     weight = module._parameters.get("weight")
     return weight is not None and not weight.is_floating_point()
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Return whether bitsandbytes rearranged a 4-bit weight for the CPU's inference kernel, at a forward."""
+    state = getattr(module._parameters.get("weight"), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
 
 
 def read(site: ModuleSite) -> tuple[Tensor, Tensor | None]:
@@ -68,21 +91,31 @@ def read(site: ModuleSite) -> tuple[Tensor, Tensor | None]:
     return weight[start:stop], None if bias is None else bias[start:stop]
 
 
-def as_stored(site: ModuleSite, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-    """Return the module's full tensors, in storage layout and dtype, that hold (weight, bias) at the site."""
+def holds_bias(site: ModuleSite) -> bool:
+    """Return whether the site's module adds a bias where it has one (an RMSNorm never does)."""
+    return site.has_bias or site.is_linear or site.layer_kind == "conv2d"
+
+
+def as_stored(
+    site: ModuleSite, weight: Tensor, bias: Tensor | None, changed: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return the module's full tensors, in storage layout and dtype, that hold (weight, bias) at the site.
+
+    `changed` are full tensors that hold other slices of a fused projection already.
+    """
     module = site.module
     old, old_bias = stored(module, site.weight_name), stored(module, site.bias_name or "")
     assert old is not None
     if site.layer_kind == "norm":
         weight = weight - norm_offset(type(module))  # type: ignore[arg-type]
-    if bias is not None and old_bias is None and not (site.is_linear or site.layer_kind == "conv2d"):
+    if bias is not None and not holds_bias(site):
         raise CannotMerge(
             "a bias has no place here",
             saw=f"{site.name} is a {type(module).__name__} without a bias",
             do="keep this part attached, or leave norms without a bias out of its targets",
         )
     if site.part is not None:
-        weight, bias = _spliced(site, weight, bias)
+        weight, bias = _spliced(site, weight, bias, changed or {})
     weight = weight.T if site.layer_kind == "conv1d" else weight
     tensors = {site.weight_name: weight.to(old.dtype).contiguous()}
     if bias is not None and site.bias_name:
@@ -91,13 +124,20 @@ def as_stored(site: ModuleSite, weight: Tensor, bias: Tensor | None) -> dict[str
     return tensors
 
 
-def _spliced(site: ModuleSite, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _spliced(
+    site: ModuleSite, weight: Tensor, bias: Tensor | None, changed: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor | None]:
     """Return the whole fused projection's tensors with the slice's rows replaced."""
     from dataclasses import replace
 
     assert site.part is not None
     start, stop = site.part
     whole, whole_bias = read(replace(site, part=None))
+    if site.weight_name in changed:
+        whole = wide(changed[site.weight_name])
+        whole = whole.T if site.layer_kind == "conv1d" else whole
+        held = changed.get(site.bias_name or "")
+        whole_bias = whole_bias if held is None else wide(held)
     whole = whole.clone()
     whole[start:stop] = weight
     if bias is not None:
@@ -111,8 +151,7 @@ def _dequantised(module: Any) -> Tensor:
     bnb = sys.modules["bitsandbytes"]
     if isinstance(module, bnb.nn.Linear4bit):
         weight = module.weight
-        if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            # The CPU kernel repacks the weight at its first forward; only the layer itself reads that.
+        if is_packed(module):  # only the layer itself reads that
             eye = torch.eye(module.in_features, dtype=module.compute_dtype or torch.float32)
             with torch.no_grad():
                 out: Tensor = bnb.nn.Linear4bit.forward(_without_bias(module), eye)
@@ -142,7 +181,7 @@ def norm_offset(kind: type[nn.Module]) -> float:
 
 
 def sources(site: ModuleSite) -> list[Tensor]:
-    """Return the tensors that a site's weight and bias are, or, under a parametrization, are computed from."""
+    """Return the tensors that a site's weight and bias are, or (parametrized) are computed from."""
     module = site.module
     if site.weight_name not in module._parameters:
         return [p for n, p in module.named_parameters() if not n.startswith(f"{CHILD}.")]

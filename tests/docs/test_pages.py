@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*/*/README.md"))]
 BLOCK = re.compile(r"^( *)```(\S*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
-LANGUAGES = {"python", "bash", "text", "json", "toml", ""}
+LANGUAGES = {"python", "bash", "sh", "text", "json", "toml", ""}
 
 
 def blocks(page: Path) -> list[tuple[int, str, str]]:

@@ -535,7 +535,7 @@ class WrapsNothing: ...
 @pytest.mark.parametrize(
     ("observer", "match"),
     [
-        (Answers(), "inject does not wrap"),
+        (Answers(), "inject does not wrap: write @hookimpl"),
         (Misspells(), "'injekt' is not a hook"),
         (WrapsNothing(), "it wraps no hook"),
     ],

@@ -29,7 +29,7 @@ def model() -> nn.Module:
     return model
 
 
-NO_ROUTE = [[], (), 5, {"fr": 1}, {"fr"}, [5], ["fr", 5], ["fr", ["de"]], [b"fr"], object()]
+NO_ROUTE = [[], (), 5, {"fr": 1}, {"fr"}, [5], ["fr", 5], ["fr", ["de"]], [b"fr"], 1.5]
 
 
 @pytest.mark.parametrize("names", NO_ROUTE, ids=str)

@@ -217,6 +217,15 @@ def test_a_base_state_dict_loads_strictly_into_a_module_under_several_paths() ->
     assert all(torch.equal(model.state_dict()[k], v) for k, v in own.items())
 
 
+def test_an_adapter_on_a_module_under_several_paths_survives_the_disk(tmp_path: Path) -> None:
+    model, fresh = Twice(), Twice()
+    inlay.attach(model, STACKS[0], seed=1)
+    shake(model)
+    inlay.save(model, tmp_path)
+    assert inlay.load(fresh, tmp_path) == 2
+    assert torch.equal(fresh(inputs()), model(inputs()))
+
+
 def test_a_second_path_of_a_module_is_no_target_of_its_own() -> None:
     with pytest.raises(TargetError, match="the target 'again' matches nothing"):
         inlay.attach(Twice(), "lora(rank=2, targets=['again'])")

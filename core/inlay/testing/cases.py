@@ -114,7 +114,9 @@ def members(joined: Joined, name: str) -> st.SearchStrategy[Member]:
     """Draw a configuration, targets and layers of a method."""
 
     def placed(method: Method, targets: tuple[str, ...] | None, layers: Any) -> Member:
-        changes = {k: v for k, v in (("targets", targets), ("layers", layers)) if v is not None}
+        changes: dict[str, Any] = {
+            k: v for k, v in (("targets", targets), ("layers", layers)) if v is not None
+        }
         return Member(name, dataclasses.replace(method, **changes), joined)
 
     layers = st.sampled_from([None, None, (1,), "0-1"]) if joined.by_layer else st.none()

@@ -73,7 +73,7 @@ def test_of(rule: Rule, joined: Joined, excused: dict[str, str]) -> Callable[...
 
         @profile(rule.share)
         @given(case=st.deferred(lambda: drawn(rule, joined)))
-        def test(self: Any, case: Case) -> None:
+        def test(self: Any, case: Case) -> None:  # type: ignore[misc]
             rule(case)
 
     reason = excused.get(rule.number)

@@ -23,7 +23,7 @@ def settled(family: str, *, seed: int = 0, **changes: Any) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
     return model
 
 

@@ -119,4 +119,5 @@ def _decoder() -> dict[str, Any]:
 
 def _encoder() -> dict[str, Any]:
     return {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "intermediate_size": 48, "max_position_embeddings": 64, "num_labels": 3, "pad_token_id": 0}  # fmt: skip
+            "intermediate_size": 48, "max_position_embeddings": 64, "num_labels": 3,
+            "pad_token_id": 0}  # fmt: skip

@@ -201,9 +201,11 @@ BLOCK = Joined(KitBlock, st.builds(KitBlock), parameters=lambda _, sites: sum(s.
 SHIFT = Joined(KitShift, st.builds(KitShift), merges=True, by_layer=False)
 COLUMNS = Joined(
     KitColumns, st.builds(KitColumns),
-    parameters=lambda _, sites: sum(4 * s.kv_heads * s.head_dim for s in sites),
+    parameters=lambda _, sites: sum(4 * s.kv_heads * s.head_dim for s in sites),  # type: ignore[attr-defined]
 )  # fmt: skip
 ROWS = Joined(KitRows, st.builds(KitRows), families=("llama",), by_layer=False,
               parameters=lambda _, sites: 2 * sites[0].in_features)  # fmt: skip
 HEAD = Joined(Trained, st.builds(Trained), families=("llama", "bert", "vit"), merges=True, by_layer=False)
-NEIGHBOURS = (LOW_RANK, GAIN, BEND, BLOCK, SHIFT, COLUMNS, ROWS, HEAD)
+OWN = Joined(Trained, st.builds(Trained), families=("llama", "gpt2", "bert", "vit"), merges=True,
+             targets=(("query", "value"), ("norm", "down")))  # fmt: skip
+NEIGHBOURS = (LOW_RANK, GAIN, BEND, BLOCK, SHIFT, COLUMNS, ROWS, HEAD, OWN)

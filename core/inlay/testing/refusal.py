@@ -41,8 +41,8 @@ def refused(
     caught = Caught()
     try:
         yield caught
-    except kind as error:
-        caught.error = error
+    except kind as raised:
+        caught.error = raised
     need(hasattr(caught, "error"), f"nothing was raised; expected {kind.__name__} matching {match!r}")
     text, error = str(caught.error), caught.error
     need(re.search(match, text), f"{match!r} is not found in:\n{text}")

@@ -34,7 +34,7 @@ def shake(model: nn.Module, *names: str, seed: int = 0, size: float = 0.3) -> No
         for _, parameter in placed.adapter.named_parameters():
             width = parameter.shape[-1] if parameter.dim() > 1 else 1
             noise = torch.randn(parameter.shape, generator=generator) * size / width**0.5
-            parameter += noise.to(parameter)
+            parameter.add_(noise.to(parameter))
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -56,7 +56,7 @@ class SSF(Method):
     accepts: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "norm"})
     default_targets: ClassVar[tuple[str, ...]] = ("linear", "norm")
     optional_targets: ClassVar[tuple[str, ...]] = ("embedding", "pooler")
-    lr: ClassVar[float] = 5e-3
+    lr: ClassVar[float] = 3e-3
     weight_decay: ClassVar[float | None] = 0.0
 
     init_std: float = setting(0.02, least=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -70,11 +71,22 @@ def leaves_no_trace(case: Case) -> None:
 def _deeds(case: Case) -> dict[str, Callable[[nn.Module], object]]:
     deeds: dict[str, Callable[[nn.Module], object]] = {
         "train": lambda model: train(model, "AdamW", steps=2),
-        "run": lambda model: (output(model), output_of(model, NAME), _detach_parts(model, case)),
+        "run": lambda model: _run(model, case),
     }
     if case.merging() and not case.lasting():
-        deeds["merge"] = lambda model: (stir(model, case), inlay.merge(model))
+        deeds["merge"] = lambda model: _merge(model, case)
     return deeds
+
+
+def _run(model: nn.Module, case: Case) -> None:
+    output(model)
+    output_of(model, NAME)
+    _detach_parts(model, case)
+
+
+def _merge(model: nn.Module, case: Case) -> None:
+    stir(model, case)
+    inlay.merge(model)
 
 
 def _detach_parts(model: nn.Module, case: Case) -> None:
@@ -119,9 +131,7 @@ def _fail_on(model: nn.Module, case: Case) -> None:
             *case.members[victim + 1 :],
         )
         trial = dataclasses.replace(case, members=stack)
-        raises(
-            InjectedError, lambda trial=trial: trial.attach(model), f"attaching a method that fails at {at}"
-        )  # type: ignore[misc]
+        raises(InjectedError, partial(trial.attach, model), f"attaching a method that fails at {at}")
         no_trace(before, model, f"a failure at {at}")
     same_output(shown, output(model), "a failed attach")
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import inlay
@@ -51,9 +51,8 @@ def configuration_is_data(case: Case) -> None:
         ):
             error = raises(ConfigError, build, "an unknown setting")
             need("unheard_of" in str(error), f"the message does not name the setting: {error}")
-        raises(
-            dataclasses.FrozenInstanceError, lambda m=method: setattr(m, "targets", ()), "changing a setting"
-        )  # type: ignore[misc]
+        change = partial(setattr, method, "targets", ())
+        raises(dataclasses.FrozenInstanceError, change, "changing a setting")
 
 
 @rule(
