@@ -33,6 +33,7 @@ from inlay.registry import registry
 from inlay.settings import is_method
 from inlay.sites import Site
 from inlay.stack import Part, Placed, Stack, State, check_name, need_state
+from inlay.weights import whole
 
 CALIBRATION = "calibration:"
 LEAST_ROOM = 1 << 20  # numbers an adapter may always hold beside what is saved
@@ -136,7 +137,7 @@ def _describe(placed: Placed, name: str, number: int, tensors: dict[str, Tensor]
     state = dict(registry.call("state_dict", method, adapter=adapter))
     calibration = {f"{CALIBRATION}{k}": t for k, t in adapter.calibration.items()}
     for key, tensor in {**state, **calibration}.items():
-        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        full = whole(tensor)
         if full.is_floating_point() and not bool(full.isfinite().all()):
             raise CheckpointError(
                 "the adapter has values that are not finite", saw=f"{placed.path}: {key}", do="do not save it"

@@ -32,10 +32,10 @@ def combine(
     """
     state = start(model, name, "combine")
     rule = RULES.get(how)
-    if rule is None or not weights:
+    if rule is None or not isinstance(weights, Mapping) or not weights:
         raise ConfigError(
             "this is no way to combine",
-            saw=f"how={how!r}, {len(weights)} adapters",
+            saw=f"how={how!r}, weights={shown(weights)}",
             do=f"how in {sorted(RULES)}",
         )
     for source, weight in weights.items():

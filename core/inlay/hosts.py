@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from inlay.context import Bound, Slot
+from inlay.context import Slot
 from inlay.errors import AttachError
+from inlay.recompute import Bound
 from inlay.sites.site import hooks_of
 
 CHILD = "inlay"

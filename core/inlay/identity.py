@@ -12,7 +12,7 @@ from torch import nn
 
 from inlay.delta import WeightDelta
 from inlay.stack import State, only_base, state_of
-from inlay.weights import is_quantised, tensors_of
+from inlay.weights import is_quantised, tensors_of, whole
 
 VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "id2label",
             "label2id", "architectures", "output_hidden_states", "output_attentions")  # fmt: skip
@@ -86,7 +86,7 @@ def _sample(tensors: dict[str, torch.Tensor]) -> str | None:
             return None
         if tensor.numel() == 0:
             continue
-        flat = tensor.detach().reshape(-1)
+        flat = whole(tensor.detach()).reshape(-1)
         count = min(SAMPLES, flat.numel())  # in integers: floats name no place beyond 2^24 exactly
         steps = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
         values = flat[steps].cpu()

@@ -115,6 +115,11 @@ class Overlay(Program):
         for site in {m.at.site.name: m.at.site for m in folded}.values():
             assert isinstance(site, ModuleSite)
             self.levels.append(Level(site, [m.delta for m in folded if m.at.site.name == site.name]))
+        names = {n for level in self.levels for n in (level.site.weight_name, level.site.bias_name)}
+        kind: Any = self.levels[0].site.module._inlay_base
+        while any(isinstance(vars(kind).get(name), property) for name in names if name):
+            kind = kind.__bases__[0]
+        self.kind = kind
 
     def __call__(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shadow, shift = self.shadow(module)
@@ -142,10 +147,7 @@ class Overlay(Program):
             if not holds_bias(level.site):
                 shift, bias = bias, None
             changed.update(as_stored(level.site, weight, bias, changed))
-        kind: Any = module._inlay_base
-        while any(isinstance(vars(kind).get(name), property) for name in changed):
-            kind = kind.__bases__[0]
-        shadow: Any = object.__new__(kind)
+        shadow: Any = object.__new__(self.kind)
         attributes = {k: v for k, v in module.__dict__.items() if k not in changed}
         shadow.__dict__ = {**attributes, "_parameters": {**module._parameters, **changed}}
         return shadow, shift

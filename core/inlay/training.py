@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from inlay import masks
 from inlay.adapter import Adapter
 from inlay.attach import bypassed, refused_while_merged, sites_still_there
-from inlay.errors import RegistryError, StateError, TrainingError
+from inlay.errors import ConfigError, RegistryError, StateError, TrainingError, shown
 from inlay.registry import registry
 from inlay.stack import Placed, State, need_state
 from inlay.weights import is_packed
@@ -47,6 +48,8 @@ def parameter_groups(model: nn.Module, lr: float | None = None) -> list[dict[str
     to any torch optimizer. Weight decay is left to the optimizer where a method does not set it.
     """
     state = need_state(model)
+    if isinstance(lr, (int, float)) and not 0 <= lr < math.inf:
+        raise ConfigError("this cannot be a learning rate", saw=f"lr={shown(lr)}", do="give one, as 1e-4")
     if any(p.merged for p in state.placed.values()):
         raise refused_while_merged(state, "parameter_groups")
     groups: list[dict[str, Any]] = []

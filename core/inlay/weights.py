@@ -27,6 +27,12 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor (DTensor) in full, any other as it is; every process must ask for it."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
 def stored(module: nn.Module, name: str) -> Tensor | None:
     """Return a module's tensor, through accelerate's weights map if it is offloaded."""
     tensor: Tensor | None = getattr(module, name, None)

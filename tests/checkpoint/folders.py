@@ -7,14 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import inlay
 import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+import inlay
 from inlay import manifest, tensorfile
 from inlay.manifest import FILE
 from inlay.stack import need_state
 from inlay_lora import LoRA
-from safetensors.torch import load, save
-from torch import Tensor, nn
 
 STACK = LoRA(rank=1, targets=["0", "1"])
 

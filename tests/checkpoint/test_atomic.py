@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import folders
-import inlay
 import pytest
 import torch
+from torch import nn
+
+import inlay
 from inlay import tensorfile
 from inlay.errors import CheckpointError
 from inlay.manifest import FILE
 from inlay.stack import need_state
 from inlay.testing.refusal import listing, refused
-from torch import nn
 
 KILLS = 100
 
@@ -67,7 +68,9 @@ COMMON = """
 """
 
 # The child saves the two by turns, without end; the parent kills it at a random moment.
-RANDOM = COMMON + """
+RANDOM = (
+    COMMON
+    + """
     def save_without_end():
         while True:
             for model in (models[1], models[0]):
@@ -87,9 +90,12 @@ RANDOM = COMMON + """
         found.append([loaded(), len(names), any(n.endswith(".writing") for n in names)])
     print(json.dumps(found))
 """
+)
 
 # The child is killed as it starts the n-th line of the code that writes, for every n.
-EVERY_LINE = COMMON + """
+EVERY_LINE = (
+    COMMON
+    + """
     from inlay import tensorfile
 
     def save_until(line):
@@ -117,13 +123,17 @@ EVERY_LINE = COMMON + """
             break
     print(json.dumps(found))
 """
+)
 
 
 def run(code: str, folder: Path, kills: int) -> Any:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), str(folder), str(kills)], text=True, timeout=300,
-        capture_output=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), str(folder), str(kills)],
+        text=True,
+        timeout=300,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -183,13 +193,16 @@ def other() -> nn.Module:
 @pytest.mark.parametrize("most", [0, 1, 500, 1000, 5_000, 40_000], ids=lambda n: f"{n} bytes")
 @pytest.mark.parametrize("there", [True, False], ids=["over a checkpoint", "in a new folder"])
 def test_a_full_disk_leaves_the_old_checkpoint(most: int, there: bool, tmp_path: Path) -> None:
-    """Both files are cut short: the tensors (1.3 kB) by the first limits, the manifest (41 kB) by the others."""
+    """The first limits cut the tensors short (1.3 kB), the others the manifest (41 kB)."""
     folder = tmp_path / "deep" / "fr"
     if there:
         folders.saved(folder)
     model = other()
     match = r"the checkpoint could not be written[\s\S]*File too large[\s\S]*make room"
-    with refused(CheckpointError, match, model=model, folder=tmp_path) as caught, limit(resource.RLIMIT_FSIZE, most):
+    with (
+        refused(CheckpointError, match, model=model, folder=tmp_path) as caught,
+        limit(resource.RLIMIT_FSIZE, most),
+    ):
         inlay.save(model, folder)
     assert isinstance(caught.error.__cause__, OSError)
     if there:
@@ -259,7 +272,9 @@ def test_an_interrupt_in_a_new_folder_leaves_none(tmp_path: Path) -> None:
     assert line > 20
 
 
-def test_a_folder_that_another_process_holds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_another_process_holds_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, model = folders.saved(tmp_path), other()
     monkeypatch.setattr(tensorfile, "PATIENCE", 0.1)
     holder = os.open(folder, os.O_RDONLY)
@@ -273,7 +288,9 @@ def test_a_folder_that_another_process_holds_is_refused(tmp_path: Path, monkeypa
 
 def test_processes_that_save_to_one_folder_take_turns(tmp_path: Path) -> None:
     """Every rank of a distributed run calls save: whatever their order, one whole checkpoint remains."""
-    code = COMMON + """
+    code = (
+        COMMON
+        + """
     def save_often():
         for _ in range(5):
             for model in random.sample(models, 2):
@@ -283,6 +300,7 @@ def test_processes_that_save_to_one_folder_take_turns(tmp_path: Path) -> None:
         assert status == 0
     print(json.dumps([loaded(), sorted(p.name for p in folder.iterdir())]))
     """
+    )
     value, names = run(code, tmp_path / "fr", 0)
     assert value in (1, 2)
     assert len(names) == 2

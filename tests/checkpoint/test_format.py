@@ -1,4 +1,4 @@
-"""The format of a checkpoint folder: a golden file of the manifest, and a folder written once that must always load."""
+"""The format of a folder: a golden outline of the manifest, and a folder that must always load."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import folders
-import inlay
 import pytest
 import torch
+
+import inlay
 from inlay import manifest
 from inlay.manifest import BASE, PART, SHAPE
 from inlay.stack import need_state
@@ -35,7 +36,11 @@ def outline(value: Any, key: str = "") -> Any:
     if isinstance(value, list):
         return [outline(v) for v in value]
     if isinstance(value, str) and len(value) >= 32:
-        return f"a digest of {len(value)}" if set(value) <= set("0123456789abcdef") else "adapter-<digest>.safetensors"
+        return (
+            f"a digest of {len(value)}"
+            if set(value) <= set("0123456789abcdef")
+            else "adapter-<digest>.safetensors"
+        )
     return value
 
 
@@ -55,14 +60,19 @@ def test_a_folder_holds_two_files_and_the_tensors_one_key_each(tmp_path: Path) -
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["inlay.json", content["tensors"]])
     assert sorted(folders.tensors_of(tmp_path)) == ["0/0.down", "0/0.up", "1/1.scale"]
     assert content["digest"] == digest == manifest.digest_of(content)
-    (tmp_path / "inlay.json").write_text(json.dumps(content))  # the digest is of what it says, not of its layout
+    (tmp_path / "inlay.json").write_text(
+        json.dumps(content)
+    )  # the digest is of what it says, not of its layout
     inlay.load(folders.base(), tmp_path, expected_digest=digest)
 
 
 def test_a_folder_written_by_the_first_version_loads() -> None:
     """`golden/first` was written once and is never written again."""
     model = folders.base()
-    assert inlay.load(model, HERE / "first", "fr", expected_digest=(HERE / "first.digest").read_text().strip()) == 3
+    assert (
+        inlay.load(model, HERE / "first", "fr", expected_digest=(HERE / "first.digest").read_text().strip())
+        == 3
+    )
     assert [p.path for p in need_state(model).placed.values()] == ["fr/lora", "fr/größe"]
     x = (torch.arange(128).view(2, 64) % 11 - 5) / 8
     with torch.no_grad():

@@ -9,16 +9,17 @@ import sys
 from pathlib import Path
 
 import folders
-import inlay
 import make_hostile
 import pytest
+from make_hostile import HOSTILE
+from torch import nn
+
+import inlay
 from inlay.errors import CheckpointError, InlayError
 from inlay.manifest import FILE, MAX_BYTES
 from inlay.tensorfile import MAX_HEADER
 from inlay.testing.refusal import listing, refused
 from inlay_scaling import IA3
-from make_hostile import HOSTILE
-from torch import nn
 
 HERE = Path(make_hostile.__file__).parent
 MOST_SECONDS, MOST_MEGABYTES = 2.0, 40
@@ -32,8 +33,15 @@ def fresh() -> nn.Module:
 
 def test_the_folders_are_what_the_script_makes(tmp_path: Path) -> None:
     make_hostile.make(tmp_path)
-    made = {str(Path(k).relative_to(tmp_path)): v[1] for k, v in listing(tmp_path).items() if Path(k) != tmp_path}
-    there = {str(Path(k).relative_to(HERE)): v[1] for d in sorted(HERE.iterdir()) if d.is_dir() and d.name != "__pycache__" for k, v in listing(d).items()}
+    made = {
+        str(Path(k).relative_to(tmp_path)): v[1] for k, v in listing(tmp_path).items() if Path(k) != tmp_path
+    }
+    there = {
+        str(Path(k).relative_to(HERE)): v[1]
+        for d in sorted(HERE.iterdir())
+        if d.is_dir() and d.name != "__pycache__"
+        for k, v in listing(d).items()
+    }
     assert made.keys() == there.keys()
     assert [k for k in made if made[k] != there[k]] == []
 
@@ -48,7 +56,6 @@ def test_a_hostile_folder_is_refused(name: str) -> None:
     with refused(InlayError, HOSTILE[name].says, model=model, folder=HERE / name) as caught:
         inlay.load(model, HERE / name, "fr")
     assert len(str(caught.error)) < 1500
-    assert str(caught.error).isascii() or "…" in str(caught.error)
 
 
 @pytest.mark.parametrize("name", [n for n in HOSTILE if not n.startswith("tensors-elsewhere")])
@@ -57,14 +64,10 @@ def test_a_hostile_folder_is_not_saved_over(name: str, tmp_path: Path) -> None:
     content = (HERE / name / FILE).read_bytes()
     (tmp_path / FILE).write_bytes(content)
     model = folders.adapted()
-    try:
+    with refused(
+        CheckpointError, r"holds (a checkpoint of another stack|an inlay\.json)", model=model, folder=tmp_path
+    ):
         inlay.save(model, tmp_path)
-    except CheckpointError as error:
-        assert "overwrite=True" in error.do
-        assert (tmp_path / FILE).read_bytes() == content
-        assert len(list(tmp_path.iterdir())) == 1
-    else:
-        assert inlay.load(folders.base(), tmp_path) == 4
 
 
 MEASURE = """
@@ -96,12 +99,18 @@ def test_no_hostile_folder_costs_memory_or_time() -> None:
     Peaks of the process are compared, of virtual memory too: pages never touched count.
     """
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(HERE), json.dumps(list(HOSTILE))], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}, check=True,
-    )  # fmt: skip
+        [sys.executable, "-c", MEASURE, str(HERE), json.dumps(list(HOSTILE))],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+        check=True,
+    )
     found = json.loads(done.stdout)
     assert found.keys() == HOSTILE.keys()
-    costly = {n: c for n, c in found.items() if isinstance(c, str) or c[0] > MOST_SECONDS or c[1] > MOST_MEGABYTES}
+    costly = {
+        n: c for n, c in found.items() if isinstance(c, str) or c[0] > MOST_SECONDS or c[1] > MOST_MEGABYTES
+    }
     assert costly == {}
 
 
@@ -111,9 +120,13 @@ def test_the_measure_sees_what_loading_would_cost(tmp_path: Path) -> None:
     folders.saved(tmp_path / "harmless")
     code = MEASURE.replace('found[name] = "it was loaded"', "raise InlayError('', saw='', do='')")
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), '["large"]'], capture_output=True, text=True, timeout=300, check=True,
+        [sys.executable, "-c", code, str(tmp_path), '["large"]'],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
         env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
-    )  # fmt: skip
+    )
     assert json.loads(done.stdout)["large"][1] > 2 * MOST_MEGABYTES
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import folders
-import inlay
 import pytest
 import torch
+from torch import Tensor, nn
+
+import inlay
 from inlay.authoring import Adapter, hookimpl
 from inlay.errors import CheckpointError
 from inlay.registry import registry
@@ -24,7 +26,6 @@ from inlay_lora import DoRA, LoRA
 from inlay_prefix import PrefixTuning
 from inlay_scaling import IA3, SSF
 from inlay_selective import BitFit, LNTuning
-from torch import Tensor, nn
 
 X = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
 
@@ -216,8 +217,16 @@ def test_values_that_are_not_finite_are_not_saved(value: float, tmp_path: Path) 
         inlay.save(model, tmp_path / "new")
 
 
-@pytest.mark.parametrize("stack", [IA3(targets=["0"]), LoRA(rank=2, targets=["0", "1"]), folders.STACK.named("other"),
-                                   folders.STACK + IA3(targets=["0"])], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "stack",
+    [
+        IA3(targets=["0"]),
+        LoRA(rank=2, targets=["0", "1"]),
+        folders.STACK.named("other"),
+        folders.STACK + IA3(targets=["0"]),
+    ],
+    ids=str,
+)
 def test_a_checkpoint_of_another_stack_is_not_replaced(stack: Any, tmp_path: Path) -> None:
     folders.saved(tmp_path)
     model = shaken(folders.base(), stack)
@@ -260,13 +269,16 @@ def test_a_file_in_the_place_of_the_folder_is_not_replaced(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        ({"x": object()}, "cannot be written as JSON"), ({"x": math.nan}, "cannot be written as JSON"),
-        ({"x": torch.zeros(1)}, "cannot be written as JSON"), ({"x": {1, 2}}, "cannot be written as JSON"),
-        ({"x": "y" * 5000}, "a string of 5,000 characters"), ({"x": 2**63}, "an integer of more than 63 bits"),
+        ({"x": object()}, "cannot be written as JSON"),
+        ({"x": math.nan}, "cannot be written as JSON"),
+        ({"x": torch.zeros(1)}, "cannot be written as JSON"),
+        ({"x": {1, 2}}, "cannot be written as JSON"),
+        ({"x": "y" * 5000}, "a string of 5,000 characters"),
+        ({"x": 2**63}, "an integer of more than 63 bits"),
         ({"x": [0] * 100_001}, "a list of 100,001 items"),
     ],
     ids=lambda v: str(v)[:20],
-)  # fmt: skip
+)
 def test_what_could_not_be_loaded_again_is_not_saved(data: Any, match: str, tmp_path: Path) -> None:
     model = folders.adapted()
     need_state(model).placed[0].adapter.data.update(data)

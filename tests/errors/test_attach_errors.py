@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-import inlay
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from transformers import BartConfig, BartForConditionalGeneration, GPTJConfig, GPTJForCausalLM
+
+import inlay
 from inlay.attention import attention, widened
 from inlay.authoring import (
     Adapter,
@@ -30,9 +34,6 @@ from inlay.weights import read
 from inlay_lora import LoRA
 from inlay_prefix import PrefixTuning
 from inlay_scaling import IA3
-from torch import Tensor, nn
-from torch.nn.utils import parametrizations
-from transformers import GPTJConfig, GPTJForCausalLM
 
 QUERY = "model.layers.0.self_attn.q_proj"
 
@@ -76,7 +77,7 @@ def test_a_module_with_our_attribute_is_refused() -> None:
 
 
 class WrappedLinear(nn.Linear):
-    """The shape of peft's layers (peft itself is not a dependency of the tests): a module named so, with a base layer."""
+    """The shape of peft's layers: a module named so, with a base layer. peft itself is no dependency here."""
 
     def __init__(self, base_layer: nn.Linear) -> None:
         super().__init__(base_layer.in_features, base_layer.out_features)
@@ -208,6 +209,46 @@ def test_a_block_mask_is_refused() -> None:
         widened(nn.Module(), heads, heads, mask, columns, {})
 
 
+class Beside(OutputDelta):
+    """Δy = 0 · residual: reads what is added to a sublayer's output."""
+
+    reads: ClassVar[frozenset[str]] = frozenset({"y", "residual"})
+
+    def __init__(self, site: Any, init: Any) -> None:
+        super().__init__()
+        self.gate = init.zeros(1)
+
+    def forward(self, x: Tensor, y: Tensor, at: Any) -> Tensor:
+        return self.gate * at.residual
+
+
+@dataclass(frozen=True)
+class ReadsResidual(Method):
+    id: ClassVar[str] = "reads_residual"
+    accepts: ClassVar[frozenset[str]] = frozenset({"sublayer"})
+    default_targets: ClassVar[tuple[str, ...]] = ("ffn",)
+
+    def delta(self, site: Any, init: Any) -> Beside:
+        return Beside(site, init)
+
+
+def test_a_residual_that_is_not_known_yet_is_refused() -> None:
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "vocab_size": 64,
+             "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}  # fmt: skip
+    model = BartForConditionalGeneration(BartConfig(**sizes, max_position_embeddings=32)).eval()
+    batch = {"input_ids": torch.tensor([[3, 4, 5]])}
+    inlay.attach(model, ReadsResidual(), "fr")
+    with (
+        refused(AttachError, "the residual of a sublayer is not known before its output", model=model),
+        torch.no_grad(),
+    ):
+        model(**batch)
+    bert = build("bert")
+    inlay.attach(bert, ReadsResidual(), "fr")
+    with torch.no_grad():
+        bert(**batch)
+
+
 # -- adapters that compute with others -----------------------------------------------------------
 
 
@@ -275,7 +316,10 @@ def test_a_method_that_calibrates_needs_data() -> None:
     assert need_state(model).placed[0].adapter.calibration["count"] == 1
 
 
-@pytest.mark.parametrize(("weights", "how"), [({}, "linear"), ({"fr": 1.0}, "tise"), ({"fr": 1.0}, None)])
+@pytest.mark.parametrize(
+    ("weights", "how"),
+    [({}, "linear"), ({"fr": 1.0}, "tise"), ({"fr": 1.0}, None), (["fr"], "linear"), ("fr", "linear")],
+)
 def test_what_is_no_combination_is_refused(weights: Any, how: Any) -> None:
     model = build("llama")
     inlay.attach(model, LoRA(), "fr")
@@ -351,14 +395,29 @@ def freeze(model: nn.Module) -> None:
 
 
 TRAINING = {
-    "a head replaced": (resize("head"), r"modules with adapters were replaced or resized after attaching[\s\S]*lm_head"),
-    "an embedding resized": (resize("embedding"), r"were replaced or resized after attaching[\s\S]*embed_tokens"),
+    "a head replaced": (
+        resize("head"),
+        r"modules with adapters were replaced or resized after attaching[\s\S]*lm_head",
+    ),
+    "an embedding resized": (
+        resize("embedding"),
+        r"were replaced or resized after attaching[\s\S]*embed_tokens",
+    ),
     "a mask not kept to": (refreeze, r"a tensor that should learn is frozen[\s\S]*q_proj\.inlay\.0\.0\.up"),
-    "a base tensor that learns": (unfreeze, rf"a base tensor requires a gradient[\s\S]*{QUERY}\.weight \(1 in all\)"),
+    "a base tensor that learns": (
+        unfreeze,
+        rf"a base tensor requires a gradient[\s\S]*{QUERY}\.weight \(1 in all\)",
+    ),
     "nothing that learns": (freeze, "nothing learns"),
     "no gradient": (forget, r"a trainable tensor got no gradient[\s\S]*q_proj\.inlay"),
     "a stale gradient": (stale, rf"a frozen tensor has a gradient[\s\S]*{QUERY}\.weight"),
-}  # fmt: skip
+}
+
+
+@pytest.mark.parametrize("lr", [-1e-4, math.nan, math.inf])
+def test_what_is_no_learning_rate_is_refused(lr: float, trained: nn.Module) -> None:
+    with refused(ConfigError, "this cannot be a learning rate", model=trained):
+        inlay.parameter_groups(trained, lr=lr)
 
 
 @pytest.mark.parametrize(("spoil", "match"), TRAINING.values(), ids=TRAINING)

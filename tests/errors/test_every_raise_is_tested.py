@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
 from inlay import errors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,9 +74,9 @@ def words(node: ast.AST, inside: str) -> Iterator[ast.expr]:
         position = 0 if name in KINDS else MAKERS.get(name)
         if position is not None and len(node.args) > position:
             yield node.args[position]
-    elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in REASONS:
-        yield node.value
-    elif isinstance(node, ast.Return) and inside in REASONING and node.value is not None:
+    elif (isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in REASONS) or (
+        isinstance(node, ast.Return) and inside in REASONING and node.value is not None
+    ):
         yield node.value
     elif (
         isinstance(node, ast.Raise)

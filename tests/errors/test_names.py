@@ -6,23 +6,37 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import inlay
 import pytest
 import torch
+from torch import nn
+
+import inlay
 from inlay.errors import ConfigError, StateError
 from inlay.stack import MAX_NAME, Stack, need_state
 from inlay.testing.models import batch_for, build
 from inlay.testing.refusal import refused
 from inlay_lora import LoRA
 from inlay_scaling import IA3
-from torch import nn
 
 BAD = {
-    "empty": "", "a slash": "fr/lora", "only a slash": "/", "a newline": "fr\n", "a carriage return": "f\rr",
-    "an escape": "\x1b[31mfr", "a null": "fr\0", "a C1 control": "fr\x9b", "turned around": "fr\u202e",
-    "no width": "f\u200br", "half a character": "fr\ud800", "a line separator": "fr\u2028",
-    "too long": "x" * (MAX_NAME + 1), "a number": 5, "nothing": None, "bytes": b"fr", "a list": ["fr"],
-}  # fmt: skip
+    "empty": "",
+    "a slash": "fr/lora",
+    "only a slash": "/",
+    "a newline": "fr\n",
+    "a carriage return": "f\rr",
+    "an escape": "\x1b[31mfr",
+    "a null": "fr\0",
+    "a C1 control": "fr\x9b",
+    "turned around": "fr\u202e",
+    "no width": "f\u200br",
+    "half a character": "fr\ud800",
+    "a line separator": "fr\u2028",
+    "too long": "x" * (MAX_NAME + 1),
+    "a number": 5,
+    "nothing": None,
+    "bytes": b"fr",
+    "a list": ["fr"],
+}
 GOOD = [
     "fr",
     "größe",
@@ -110,8 +124,14 @@ def test_a_taken_name_is_refused(adapted: nn.Module, saved: Path) -> None:
         inlay.combine(adapted, {"de": 1.0}, name="fr")
 
 
-@pytest.mark.parametrize("stack", [lambda: LoRA() + LoRA(), lambda: LoRA().named("a") + IA3().named("a"),
-                                   lambda: Stack.of("lora + ia3 + lora(rank=2)")])  # fmt: skip
+@pytest.mark.parametrize(
+    "stack",
+    [
+        lambda: LoRA() + LoRA(),
+        lambda: LoRA().named("a") + IA3().named("a"),
+        lambda: Stack.of("lora + ia3 + lora(rank=2)"),
+    ],
+)
 def test_two_parts_of_one_name_are_refused(stack: Callable[[], Any], model: nn.Module) -> None:
     with refused(ConfigError, "two parts of a stack have the same name", model=model):
         inlay.attach(model, stack())
@@ -125,12 +145,15 @@ def test_train_beside_a_part_of_that_name_is_refused(model: nn.Module) -> None:
 @pytest.mark.parametrize("name", ["it", "fr/lara", "fr/", "lora", "", "FR", 5, None])
 def test_a_name_that_is_not_there_is_refused(name: Any, adapted: nn.Module, tmp_path: Path) -> None:
     uses: list[Callable[[], Any]] = [
-        lambda: inlay.use(adapted, name), lambda: inlay.use(adapted, "fr", name),
+        lambda: inlay.use(adapted, name),
+        lambda: inlay.use(adapted, "fr", name),
         lambda: inlay.route(adapted, ["fr", ("de", name)]),
-        lambda: inlay.merge(adapted, [name]), lambda: inlay.set_trainable(adapted, "fr", name),
-        lambda: inlay.stages(adapted, name), lambda: inlay.advance(adapted, name),
+        lambda: inlay.merge(adapted, [name]),
+        lambda: inlay.set_trainable(adapted, "fr", name),
+        lambda: inlay.stages(adapted, name),
+        lambda: inlay.advance(adapted, name),
         lambda: inlay.combine(adapted, {"de": 0.5, name: 0.5}, name="mix"),
-    ]  # fmt: skip
+    ]
     if name is not None:  # None means all of them there
         uses += [lambda: inlay.detach(adapted, name), lambda: inlay.save(adapted, tmp_path / "new", name)]
     for use in uses:
@@ -148,9 +171,19 @@ def test_where_one_part_is_meant_a_stack_is_refused(adapted: nn.Module) -> None:
 
 @pytest.mark.parametrize("thing", [None, "fr", nn.Linear(2, 2)])
 def test_a_model_without_adapters_is_refused(thing: Any, tmp_path: Path) -> None:
-    for use in (inlay.detach, inlay.use, inlay.unmerge, inlay.merge, inlay.set_trainable,
-                inlay.parameter_groups, inlay.auxiliary_loss, inlay.check_training,
-                lambda m: inlay.route(m, ["fr"]), lambda m: inlay.save(m, tmp_path / "new"),
-                lambda m: inlay.advance(m, "fr"), lambda m: inlay.stages(m, "fr")):  # fmt: skip
+    for use in (
+        inlay.detach,
+        inlay.use,
+        inlay.unmerge,
+        inlay.merge,
+        inlay.set_trainable,
+        inlay.parameter_groups,
+        inlay.auxiliary_loss,
+        inlay.check_training,
+        lambda m: inlay.route(m, ["fr"]),
+        lambda m: inlay.save(m, tmp_path / "new"),
+        lambda m: inlay.advance(m, "fr"),
+        lambda m: inlay.stages(m, "fr"),
+    ):
         with refused(StateError, "nothing is attached to this model", folder=tmp_path):
             use(thing)

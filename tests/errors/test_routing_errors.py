@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import inlay
 import pytest
 import torch
+from torch import Tensor, nn
+
+import inlay
 from inlay.authoring import Init, Method, OutputDelta, Site
 from inlay.errors import RoutingError, StateError
 from inlay.stack import need_state
@@ -15,7 +17,6 @@ from inlay.testing.models import batch_for, build
 from inlay.testing.refusal import refused
 from inlay_lora import LoRA
 from inlay_prefix import PrefixTuning
-from torch import Tensor, nn
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +42,18 @@ def test_what_is_no_list_of_names_is_refused(names: Any, model: nn.Module) -> No
 @pytest.mark.parametrize(
     ("names", "tasks"),
     [
-        (["fr", "de"], [0]), (["fr", "de"], [0, 1, 2]), (["fr", "de"], [[0, 1]]), (["fr", "de"], [0.5, 1.0]), ("fr", []),
-        (["fr", "de"], ["a", "b"]), (["fr", "de"], [0, None]), (["fr", "de"], 1), (["fr"], torch.zeros(0)), ("fr", [2**70]),
+        (["fr", "de"], [0]),
+        (["fr", "de"], [0, 1, 2]),
+        (["fr", "de"], [[0, 1]]),
+        (["fr", "de"], [0.5, 1.0]),
+        ("fr", []),
+        (["fr", "de"], ["a", "b"]),
+        (["fr", "de"], [0, None]),
+        (["fr", "de"], 1),
+        (["fr"], torch.zeros(0)),
+        ("fr", [2**70]),
     ],
-)  # fmt: skip
+)
 def test_task_ids_that_fit_no_rows_are_refused(names: Any, tasks: Any, model: nn.Module) -> None:
     with refused(RoutingError, "a route needs a task id per row", model=model):
         inlay.route(model, names, tasks=tasks)
@@ -86,13 +95,15 @@ def test_a_layer_whose_leading_size_is_not_the_batch_is_refused_by_name() -> Non
     inlay.attach(model, LoRA(targets=["inner"]), "fr")
     inlay.attach(model, LoRA(targets=["outer"]), "de")
     x = torch.randn(2, 3, 4)
-    with refused(
-        RoutingError,
-        r"inner cannot be routed per sample[\s\S]*leading size 6, .* 2 rows and the batch has 2",
-        model=model,
+    with (
+        refused(
+            RoutingError,
+            r"inner cannot be routed per sample[\s\S]*leading size 6, .* 2 rows and the batch has 2",
+            model=model,
+        ),
+        inlay.route(model, ["fr", None]),
     ):
-        with inlay.route(model, ["fr", None]):
-            model(x)
+        model(x)
     with inlay.route(model, "fr"):
         model(x)
     with inlay.route(model, ["de", None]):
@@ -129,17 +140,20 @@ def test_a_method_that_needs_tasks_says_so() -> None:
     with refused(RoutingError, match, model=model), torch.no_grad():
         model(**batch)
     for wrong in ([0, 3], [-1, 0]):
-        with refused(RoutingError, "needs to know each row's task", model=model), torch.no_grad():
-            with inlay.route(model, "fr", tasks=wrong):
-                model(**batch)
+        with (
+            refused(RoutingError, "needs to know each row's task", model=model),
+            torch.no_grad(),
+            inlay.route(model, "fr", tasks=wrong),
+        ):
+            model(**batch)
     with (
         refused(
             RoutingError, r"the task ids cannot be routed per sample[\s\S]*route names 3 rows", model=model
         ),
         torch.no_grad(),
+        inlay.route(model, "fr", tasks=[0, 1, 2]),
     ):
-        with inlay.route(model, "fr", tasks=[0, 1, 2]):
-            model(**batch)
+        model(**batch)
     with torch.no_grad(), inlay.route(model, "fr", tasks=[0, 2]):
         model(**batch)
 

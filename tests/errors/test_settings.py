@@ -8,8 +8,9 @@ import types
 from collections.abc import Iterator
 from typing import Any, Literal, Union, get_args, get_origin
 
-import inlay
 import pytest
+
+import inlay
 from inlay.errors import ConfigError
 from inlay.method import Method
 from inlay.registry import registry

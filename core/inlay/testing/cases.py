@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import inlay
+from inlay.anatomy import Anatomy
 from inlay.method import Method
 from inlay.sites import Site
 from inlay.stack import Part, Stack
+from inlay.targets import resolve
 from inlay.testing.models import batch_for, build
 
 NAME = "fr"
@@ -29,8 +32,9 @@ class Joined:
     `targets` are the selections to try (None: the method's default), `by_layer` whether it can be
     limited to layers, `start_tolerance` how far rounding moves the output at the start (relative;
     0: not a bit), `merges` whether it has a weight form, everywhere or as a function of
-    (method, family), `adds_biases` whether merging gives a bias to layers without one, `parameters`
-    the number of its parameters on given sites.
+    (method, family), `adds_biases` whether merging gives a bias to layers without one, `replaces`
+    whether it puts values in the base's place (and so hides what acts below), `parameters` the number
+    of its parameters on given sites.
     """
 
     kind: type[Method]
@@ -41,6 +45,7 @@ class Joined:
     start_tolerance: float = 0.0
     merges: bool | Callable[[Any, str], bool] = False
     adds_biases: bool = False
+    replaces: bool = False
     parameters: Count | None = None
 
     def merges_as(self, method: Method, family: str) -> bool:
@@ -123,6 +128,27 @@ def members(joined: Joined, name: str) -> st.SearchStrategy[Member]:
     return st.builds(placed, joined.configurations, st.sampled_from(joined.targets), layers)
 
 
+def visible(family: str, stack: tuple[Member, ...]) -> tuple[Member, ...]:
+    """Return the stack without neighbours that would hide, or be hidden by, another member at some site."""
+    kept: list[Member] = []
+    for member in stack:
+        hidden = member.joined.replaces and any(_places(family, member) & _places(family, m) for m in kept)
+        if hidden and member.name == "subject":
+            kept = []
+        if not hidden or member.name == "subject":
+            kept.append(member)
+    return tuple(kept)
+
+
+def _places(family: str, member: Member) -> set[str]:
+    return {site.name.split("[")[0] for site in resolve(_anatomy(family), member.method)}
+
+
+@cache
+def _anatomy(family: str) -> Anatomy:
+    return Anatomy(tiny(family))
+
+
 @st.composite
 def cases(
     draw: st.DrawFn,
@@ -136,7 +162,7 @@ def cases(
     beside = [o for o in others if family in o.families]
     around = st.sampled_from([None, *beside])
     chosen = [(draw(around), "below"), (joined, "subject"), (draw(around), "above")]
-    stack = tuple(draw(members(j, name)) for j, name in chosen if j is not None)
+    stack = visible(family, tuple(draw(members(j, name)) for j, name in chosen if j is not None))
     dtype = getattr(torch, draw(st.sampled_from(tuple(dtypes))))
     return Case(family, dtype, stack, draw(st.integers(0, 30)))
 

@@ -37,6 +37,7 @@ class MethodConformance:
     start_tolerance: ClassVar[float] = 0.0
     merges: ClassVar[Any] = False
     adds_biases: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
     excused: ClassVar[dict[str, str]] = {}
 
     @staticmethod

@@ -205,7 +205,12 @@ COLUMNS = Joined(
 )  # fmt: skip
 ROWS = Joined(KitRows, st.builds(KitRows), families=("llama",), by_layer=False,
               parameters=lambda _, sites: 2 * sites[0].in_features)  # fmt: skip
-HEAD = Joined(Trained, st.builds(Trained), families=("llama", "bert", "vit"), merges=True, by_layer=False)
-OWN = Joined(Trained, st.builds(Trained), families=("llama", "gpt2", "bert", "vit"), merges=True,
-             targets=(("query", "value"), ("norm", "down")))  # fmt: skip
+HEAD = Joined(
+    Trained, st.builds(Trained), families=("llama", "bert", "vit"), merges=True, replaces=True,
+    by_layer=False,
+)  # fmt: skip
+OWN = Joined(
+    Trained, st.builds(Trained), families=("llama", "gpt2", "bert", "vit"), merges=True, replaces=True,
+    targets=(("query", "value"), ("norm", "down")),
+)  # fmt: skip
 NEIGHBOURS = (LOW_RANK, GAIN, BEND, BLOCK, SHIFT, COLUMNS, ROWS, HEAD, OWN)

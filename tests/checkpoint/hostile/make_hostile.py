@@ -88,12 +88,22 @@ HOSTILE: dict[str, Hostile] = {
     "a-rank-of-five-million": Hostile("wrong shape", settings(rank=5_000_000)),
     "a-rank-beyond-memory": Hostile("out of range|cannot be built|wrong shape", settings(rank=2**52)),
     "a-rank-no-float-holds": Hostile("rank is out of range", settings(rank=2**62)),
-    "a-shape-without-data": Hostile("damaged or hostile", data=header(lambda h: h["0/0.up"].update(shape=[5_000_000, 4096]))),
-    "an-endless-shape": Hostile("damaged or hostile", data=header(lambda h: h["0/0.up"].update(shape=[2**62, 2**62]))),
-    "an-endless-header": Hostile("a header of 18,446,744,073,709,551,615 bytes", data=lambda d: b"\xff" * 8 + d[8:]),
-    "a-header-beyond-the-file": Hostile("damaged or hostile", data=lambda d: struct.pack("<Q", 1 << 20) + d[8:]),
+    "a-shape-without-data": Hostile(
+        "damaged or hostile", data=header(lambda h: h["0/0.up"].update(shape=[5_000_000, 4096]))
+    ),
+    "an-endless-shape": Hostile(
+        "damaged or hostile", data=header(lambda h: h["0/0.up"].update(shape=[2**62, 2**62]))
+    ),
+    "an-endless-header": Hostile(
+        "a header of 18,446,744,073,709,551,615 bytes", data=lambda d: b"\xff" * 8 + d[8:]
+    ),
+    "a-header-beyond-the-file": Hostile(
+        "damaged or hostile", data=lambda d: struct.pack("<Q", 1 << 20) + d[8:]
+    ),
     "an-integer-of-70-bits": Hostile("an integer of more than 63 bits", part(seed=2**70)),
-    "an-integer-of-5000-digits": Hostile("Exceeds the limit", text=written('"format": 1', '"format": 1' + "0" * 5000)),
+    "an-integer-of-5000-digits": Hostile(
+        "Exceeds the limit", text=written('"format": 1', '"format": 1' + "0" * 5000)
+    ),
     "a-long-text": Hostile("a string of 5,000 characters", part(name="x" * 5000)),
     "a-long-key": Hostile("a string of 5,000 characters", settings(**{"x" * 5000: 1})),
     "a-long-name": Hostile("cannot be the name of a part", part(name="x" * 201)),
@@ -102,17 +112,25 @@ HOSTILE: dict[str, Hostile] = {
     "many-sites": Hostile("20,001 sites", part(sites=[str(i) for i in range(20_001)])),
     "one-site-many-times": Hostile("20,000 sites: at most 20,000 different", part(sites=["0"] * 20_000)),
     "no-sites": Hostile("a part without sites", part(sites=[])),
-    "layers-without-end": Hostile("has the wrong type|cannot be read|wrong shape", settings(layers={"0": "0-99999999999"})),
+    "layers-without-end": Hostile(
+        "has the wrong type|cannot be read|wrong shape", settings(layers={"0": "0-99999999999"})
+    ),
     # nesting
     "deep-lists": Hostile("damaged or hostile", text=lambda t: b"[" * 50_000),
     "deep-objects": Hostile("damaged or hostile", text=lambda t: b'{"a":' * 20_000),
-    "deep-settings": Hostile("values nested deeper than 16", settings(targets=[[[[[[[[[[[[[[["0"]]]]]]]]]]]]]]])),
+    "deep-settings": Hostile(
+        "values nested deeper than 16", settings(targets=[[[[[[[[[[[[[[["0"]]]]]]]]]]]]]]])
+    ),
     "deep-composites": Hostile("values nested deeper than 16", settings(targets=nested(30))),
     "composites-in-composites": Hostile("has the wrong type", settings(targets=nested(3))),
     "many-composites": Hostile("65 methods inside, at most 64", settings(targets=[nested(0)] * 64)),
     # JSON that means two things, or nothing
-    "a-key-twice": Hostile("the key 'format' stands twice", text=written('"format": 1,', '"format": 1, "format": 1,')),
-    "a-setting-twice": Hostile("the key 'rank' stands twice", text=written('"rank": 1', '"rank": 1, "rank": 5000000')),
+    "a-key-twice": Hostile(
+        "the key 'format' stands twice", text=written('"format": 1,', '"format": 1, "format": 1,')
+    ),
+    "a-setting-twice": Hostile(
+        "the key 'rank' stands twice", text=written('"rank": 1', '"rank": 1, "rank": 5000000')
+    ),
     "not-a-number": Hostile("NaN is not a number", text=written('"seed": 0', '"seed": NaN')),
     "minus-infinity": Hostile("-Infinity is not a number", text=written('"seed": 0', '"seed": -Infinity')),
     "one-e-999": Hostile("1e999 is not finite", text=written('"seed": 0', '"seed": 1e999')),
@@ -126,7 +144,9 @@ HOSTILE: dict[str, Hostile] = {
     # the wrong sort of value
     "a-list": Hostile("does not have the keys", text=lambda t: b"[]"),
     "a-text": Hostile("does not have the keys", text=lambda t: b'"inlay"'),
-    "parts-as-an-object": Hostile("parts is a dict, not a list", lambda m: m.update(parts={"0": m["parts"][0]})),
+    "parts-as-an-object": Hostile(
+        "parts is a dict, not a list", lambda m: m.update(parts={"0": m["parts"][0]})
+    ),
     "a-part-as-a-text": Hostile("a part does not have the keys", lambda m: m.update(parts=["lora"])),
     "an-unknown-key": Hostile("does not have the keys", lambda m: m.update(run="rm -rf ~")),
     "an-unknown-key-in-a-part": Hostile("a part does not have the keys", part(module="os")),
@@ -151,18 +171,30 @@ HOSTILE: dict[str, Hostile] = {
     "a-module-as-a-method": Hostile("needs the method 'os:system'", part(method="os:system")),
     "a-path-as-a-method": Hostile("needs the method", part(method="../../evil.py")),
     "no-name-as-a-method": Hostile("needs the method ''", part(method="")),
-    "a-shell-as-a-package": Hostile("saved with 'x; rm -rf ~'", part(method="vera", distribution="x; rm -rf ~")),
+    "a-shell-as-a-package": Hostile(
+        "saved with 'x; rm -rf ~'", part(method="vera", distribution="x; rm -rf ~")
+    ),
     "an-escape-as-a-class": Hostile(r"\\x1b\]0;", lambda m: m["base"].update(architecture="\x1b]0;evil\x07")),
     "an-escape-as-a-site": Hostile(r"no site '\\x1b\[31m'", part(sites=["\x1b[31m", "1"])),
     "an-escape-as-a-setting": Hostile(r"no setting '\\x1b\[31m'", settings(**{"\x1b[31m": 1})),
     "an-escape-as-a-format": Hostile(r"format '\\x1b\[31m'", lambda m: m.update(format="\x1b[31m")),
     # files that are not the folder's own
-    "tensors-outside": Hostile("the tensors file has the name", lambda m: m.update(tensors="../harmless/" + m["tensors"])),
+    "tensors-outside": Hostile(
+        "the tensors file has the name", lambda m: m.update(tensors="../harmless/" + m["tensors"])
+    ),
     "tensors-anywhere": Hostile("the tensors file has the name", lambda m: m.update(tensors="/etc/passwd")),
-    "tensors-of-windows": Hostile("the tensors file has the name", lambda m: m.update(tensors="..\\" + m["tensors"])),
-    "tensors-of-two-lines": Hostile("the tensors file has the name", lambda m: m.update(tensors=m["tensors"] + "\n")),
-    "tensors-with-a-null": Hostile("the tensors file has the name", lambda m: m.update(tensors="adapter-\0.safetensors")),
-    "the-manifest-as-tensors": Hostile("the tensors file has the name", lambda m: m.update(tensors="inlay.json")),
+    "tensors-of-windows": Hostile(
+        "the tensors file has the name", lambda m: m.update(tensors="..\\" + m["tensors"])
+    ),
+    "tensors-of-two-lines": Hostile(
+        "the tensors file has the name", lambda m: m.update(tensors=m["tensors"] + "\n")
+    ),
+    "tensors-with-a-null": Hostile(
+        "the tensors file has the name", lambda m: m.update(tensors="adapter-\0.safetensors")
+    ),
+    "the-manifest-as-tensors": Hostile(
+        "the tensors file has the name", lambda m: m.update(tensors="inlay.json")
+    ),
     "tensors-elsewhere-by-a-link": Hostile("missing or not a regular file", place=linked(None)),
     "a-manifest-by-a-link": Hostile("missing or not a regular file", place=linked("inlay.json")),
     # tensors that are not what they should be
@@ -171,22 +203,45 @@ HOSTILE: dict[str, Hostile] = {
     "no-tensors": Hostile("damaged or hostile", data=lambda d: b""),
     "a-key-twice-in-the-header": Hostile(
         "damaged or hostile",
-        data=header(lambda h: json.dumps(h)[:-1] + ', "0/0.up": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'),
+        data=header(
+            lambda h: (
+                json.dumps(h)[:-1] + ', "0/0.up": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+            )
+        ),
     ),
-    "tensors-on-top-of-each-other": Hostile("damaged or hostile", data=header(lambda h: h["0/0.up"].update(data_offsets=h["0/0.down"]["data_offsets"]))),
-    "data-of-no-tensor": Hostile("damaged or hostile", data=lambda d: d + b"PK\x03\x04 an archive behind the tensors"),
-    "a-negative-shape": Hostile("damaged or hostile", data=header(lambda h: h["0/0.up"].update(shape=[-64, -1]))),
+    "tensors-on-top-of-each-other": Hostile(
+        "damaged or hostile",
+        data=header(lambda h: h["0/0.up"].update(data_offsets=h["0/0.down"]["data_offsets"])),
+    ),
+    "data-of-no-tensor": Hostile(
+        "damaged or hostile", data=lambda d: d + b"PK\x03\x04 an archive behind the tensors"
+    ),
+    "a-negative-shape": Hostile(
+        "damaged or hostile", data=header(lambda h: h["0/0.up"].update(shape=[-64, -1]))
+    ),
     "codes-for-floats": Hostile("wrong dtype", data=header(lambda h: h["0/0.up"].update(dtype="I32"))),
     "a-header-of-lists": Hostile("damaged or hostile", data=header(lambda h: "[" * 10_000)),
-    "a-tensor-of-no-part": Hostile("belongs to no part", data=header(lambda h: h.update({"7/0.up": h.pop("0/0.up")}))),
-    "a-tensor-that-escapes": Hostile(r"'\\x1b\[31m' belongs to no part", data=header(lambda h: h.update({"\x1b[31m": h.pop("0/0.up")}))),
+    "a-tensor-of-no-part": Hostile(
+        "belongs to no part", data=header(lambda h: h.update({"7/0.up": h.pop("0/0.up")}))
+    ),
+    "a-tensor-that-escapes": Hostile(
+        r"'\\x1b\[31m' belongs to no part", data=header(lambda h: h.update({"\x1b[31m": h.pop("0/0.up")}))
+    ),
     "values-not-finite": Hostile("not finite", data=lambda d: d[:-4] + struct.pack("<f", float("nan"))),
     # a version of a method that never was
-    "a-version-to-come": Hostile("this version of 'lora' cannot read the checkpoint", part(method_version=99)),
-    "a-version-before-the-first": Hostile("this version of 'lora' cannot read the checkpoint", part(method_version=-1)),
-    "a-wrong-digest": Hostile("does not have the digest it names", place=lambda f: (f / "inlay.json").write_text(
-        (f / "inlay.json").read_text().replace('"seed": 0', '"seed": 1'))),
-}  # fmt: skip
+    "a-version-to-come": Hostile(
+        "this version of 'lora' cannot read the checkpoint", part(method_version=99)
+    ),
+    "a-version-before-the-first": Hostile(
+        "this version of 'lora' cannot read the checkpoint", part(method_version=-1)
+    ),
+    "a-wrong-digest": Hostile(
+        "does not have the digest it names",
+        place=lambda f: (f / "inlay.json").write_text(
+            (f / "inlay.json").read_text().replace('"seed": 0', '"seed": 1')
+        ),
+    ),
+}
 
 
 def make(where: Path) -> None:

@@ -1,0 +1,175 @@
+"""FSDP2 on two real gloo processes: training an adapted model equals training in one process, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import inlay
+from inlay.testing.models import batch_for
+from inlay.testing.tools import distance, lively
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+
+STACKS = {
+    "lora": "lora(rank=4)",
+    "stack": "lora(rank=4) + prefix_tuning(length=3, hidden=16) + ia3() + serial_adapter(rank=8)",
+}
+
+WORKER = """
+    import json, sys
+    from datetime import timedelta
+    from pathlib import Path
+
+    import torch
+    import torch.distributed as dist
+
+    import inlay
+    from inlay.testing.models import batch_for
+    from inlay.testing.tools import lively, shake
+
+    rank, world, folder, stacks = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
+    torch.set_num_threads(1)
+    if world > 1:
+        store = dist.FileStore(str(folder / "store"), world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+
+    def shard(model):
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        kinds = {type(p).__name__ for p in model.parameters()}
+        assert kinds == {"DTensor"}, kinds
+
+    def full(tensor):
+        tensor = tensor.detach()
+        return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+
+    def gradients(model, losses):
+        model.zero_grad()
+        (sum(losses) / len(losses)).backward()
+        return {n: full(p.grad) for n, p in model.named_parameters() if p.requires_grad}
+
+    def trained(model, batch):
+        optimizer = torch.optim.AdamW(inlay.parameter_groups(model, lr=1e-2), foreach=False)
+        losses = []
+        for _ in range(3):
+            losses.append(model(**batch).loss)
+            found = gradients(model, losses[-1:])
+            inlay.check_training(model, optimizer)
+            optimizer.step()
+        return {"losses": torch.stack(losses).detach(), "gradients": found}
+
+    def own_halves(model):
+        # One process sees both halves; of two, each sees its own, and the gradients are averaged.
+        halves = [batch_for(model, rows=1, seed=seed, labels=True) for seed in (1, 2)]
+        return gradients(model, [model(**half).loss for half in (halves if world == 1 else halves[rank : rank + 1])])
+
+    def run(name, stack):
+        model = lively("llama")
+        inlay.attach(model, stack, seed=1)
+        shake(model)
+        if world > 1:
+            shard(model)
+        batch = batch_for(model, rows=2, labels=True)
+        found = trained(model, batch)
+        found["halves"] = own_halves(model)
+        with torch.no_grad():
+            found["logits"] = model(**batch).logits
+        found["weights"] = {n: full(p) for n, p in model.named_parameters()}
+        inlay.save(model, folder / f"{name}-of-{world}")  # all processes at once, into one folder
+        if world > 1:
+            try:
+                inlay.detach(model)
+            except inlay.InlayError as error:
+                found["refused"] = str(error)
+        torch.save(found, folder / f"{name}-{rank}-of-{world}.pt")
+
+    for name, stack in stacks.items():
+        run(name, stack)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train every stack in one process and, at the same time, in two; return the folder of what they saw."""
+    import json
+
+    folder = tmp_path_factory.mktemp("fsdp")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(WORKER)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(folder), json.dumps(STACKS)], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for world in (1, 2) for rank in range(world)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0, 0], "\n".join(outputs)
+    return folder
+
+
+def found(folder: Path, stack: str, rank: int, world: int) -> dict[str, Any]:
+    seen: dict[str, Any] = torch.load(folder / f"{stack}-{rank}-of-{world}.pt")
+    return seen
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("stack", STACKS)
+def test_two_processes_train_as_one_to_the_bit(stack: str, rank: int, runs: Path) -> None:
+    one, two = found(runs, stack, 0, 1), found(runs, stack, rank, 2)
+    assert float(one["losses"][-1]) < float(one["losses"][0])
+    assert torch.equal(two["losses"], one["losses"])
+    assert torch.equal(two["logits"], one["logits"])
+    for kind in ("gradients", "weights"):
+        assert two[kind].keys() == one[kind].keys()
+        assert [n for n in one[kind] if not torch.equal(two[kind][n], one[kind][n])] == []
+    assert len(one["gradients"]) >= 8
+    assert all(float(g.norm()) > 0 for g in one["gradients"].values())
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_gradients_of_the_processes_own_rows_are_averaged(stack: str, runs: Path) -> None:
+    one = found(runs, stack, 0, 1)["halves"]
+    for rank in range(2):
+        two = found(runs, stack, rank, 2)["halves"]
+        assert two.keys() == one.keys()
+        assert all(distance(two[n], g) < 1e-5 for n, g in one.items())
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_a_sharded_model_is_saved_whole(stack: str, runs: Path) -> None:
+    expected = found(runs, stack, 0, 1)["logits"]
+    for world in (1, 2):
+        model = lively("llama")
+        inlay.load(model, runs / f"{stack}-of-{world}")
+        with torch.no_grad():
+            assert torch.equal(model(**batch_for(model, rows=2, labels=True)).logits, expected)
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_detaching_from_under_the_shards_is_refused(stack: str, runs: Path) -> None:
+    for rank in range(2):
+        refused = found(runs, stack, rank, 2)["refused"]
+        assert "changed its class after the adapter was attached" in refused
+        assert "is now" in refused
+        assert ".FSDP" in refused
