@@ -252,16 +252,21 @@ class Anatomy:
         if parent is not block.module and isinstance(dropout, nn.Module):
             residual, owner = Tap(parent, 0, "hidden_states"), dropout
         yield SublayerSite(
-            name=f"{block.name}.{role}", module=owner, role=role, layer=block.layer, side=block.side,
+            name=self._sublayer_name(block, role), module=owner, role=role, layer=block.layer, side=block.side,
             cross=cross, features=features, x=Tap(module, 0, "hidden_states"), residual=residual,
         )  # fmt: skip
+
+    def _sublayer_name(self, block: Block, role: str) -> str:
+        """Return a name of the sublayer's own: ViT calls the attention module so, too."""
+        name = f"{block.name}.{role}"
+        return f"{name}[sublayer]" if name in self.modules else name
 
     def _post_norm(
         self, block: Block, role: str, output: nn.Module, x: Tap, features: int, cross: bool
     ) -> SublayerSite:
         norm = next(m for m in output.children() if layer_kind(m) == "norm")
         return SublayerSite(
-            name=f"{block.name}.{role}", module=output.get_submodule("dropout"), role=role, layer=block.layer,
+            name=self._sublayer_name(block, role), module=output.get_submodule("dropout"), role=role, layer=block.layer,
             side=block.side, cross=cross, features=features, x=x, residual=Tap(output, 1, "input_tensor"),
             norm=norm,
         )  # fmt: skip
@@ -345,6 +350,7 @@ def _slices(module: nn.Module, roles: list[str]) -> Iterator[tuple[str, tuple[in
     if len(roles) == 1:
         yield roles[0], None
         return
-    width = module.get_parameter("weight").shape[1] // len(roles)
+    weight: Any = module.weight
+    width = weight.shape[1] // len(roles)
     for i, role in enumerate(roles):
         yield role, (i * width, (i + 1) * width)

@@ -115,6 +115,13 @@ def start(model: nn.Module, name: str, verb: str) -> State:
             )
         state = State(model)
     check_name(name, "adapter")
+    sharded = next((n for n, p in model.named_parameters() if hasattr(p, "full_tensor")), None)
+    if sharded is not None:
+        raise AttachError(
+            "the model is sharded already, so the adapter's own tensors would be left out",
+            saw=f"{sharded} is one process's part of a tensor",
+            do=f"{verb} first, then shard (fully_shard)",
+        )
     if any(p.merged for p in state.placed.values()):
         raise refused_while_merged(state, verb)
     if name in state.names:

@@ -51,11 +51,18 @@ def _facts(model: nn.Module, left_out: Iterable[str]) -> dict[str, Any]:
     shapes |= {k: [m.out_features, m.in_features] for k, m in quantised.items()}
     omitted = {*left_out, *quantised}
     return {
-        "architecture": type(model).__name__,
+        "architecture": _own_class(model).__name__,
         "config": _digest(json.dumps(_config(model), sort_keys=True, default=str).encode()),
         "shapes": _digest(json.dumps(shapes, sort_keys=True).encode()),
         "weights": _sample({k: t for k, t in tensors.items() if k not in omitted}),
     }
+
+
+def _own_class(model: nn.Module) -> type:
+    """Return the class the model was written as, under what adapters and FSDP put on top of it."""
+    kinds = type(model).__mro__
+    under = next((i for i, kind in enumerate(kinds) if kind.__name__ == "FSDPModule"), -1)
+    return kinds[under + 1]
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def _matches(anatomy: Anatomy, method: Method, entry: str) -> list[Site]:
 def _by_role(anatomy: Anatomy, method: Method, role: str) -> list[Site]:
     accepts = method.accepts
     if "sequence" in accepts:
-        return list(anatomy.sequence_sites())
+        return list(anatomy.sequence_sites()) if role == "embedding" else []
     if "attention" in accepts and role in ("attention", "cross_attention"):
         return [s for s in anatomy.attentions if role == "attention" or s.cross]
     if "sublayer" in accepts and role in ("attention", "ffn", "cross_attention"):
@@ -163,8 +163,7 @@ def _in_layers(sites: list[Site], method: Method) -> list[Site]:
 def _nothing(anatomy: Anatomy, method: Method, entry: str) -> TargetError:
     accepts = ", ".join(sorted(method.accepts))
     if entry in ROLES:
-        have = sorted({s.role for s in anatomy.leaves if s.role and s.kind in method.accepts}
-                      | ({"attention", "ffn"} if anatomy.sublayers else set()))  # fmt: skip
+        have = [role for role in ROLES if _by_role(anatomy, method, role)]
         return TargetError(
             f"this {anatomy.family} has no {entry!r} that {method.id} could act on",
             saw=f"roles found here: {', '.join(have) or 'none'}; {method.id} acts on: {accepts}",

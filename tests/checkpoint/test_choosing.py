@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -79,17 +78,10 @@ def test_methods_inside_settings_must_be_allowed_too(folder: Path) -> None:
         registry.forget(Around)
 
 
-@pytest.mark.parametrize("other", ["0" * 64, "", None, 5])
-def test_an_expected_digest_is_compared(other: Any, folder: Path) -> None:
-    digest, model = manifest_of(folder)["digest"], fresh()
-    for wrong in (
-        other,
-        digest.upper(),
-        digest[:-1],
-        hashlib.sha256(tensor_file(folder).read_bytes()).hexdigest(),
-    ):
-        if wrong is None:
-            continue
+def test_an_expected_digest_is_compared(folder: Path) -> None:
+    content, model = manifest_of(folder), fresh()
+    digest, tensors_alone = content["digest"], content["tensors"][8:72]
+    for wrong in ("0" * 64, "", 5, digest.upper(), digest[:-1], tensors_alone):
         with refused(
             CheckpointError,
             r"this is not the checkpoint you expected[\s\S]*get the checkpoint from its author",

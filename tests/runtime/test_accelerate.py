@@ -22,7 +22,8 @@ pytest.importorskip("transformers")
 from accelerate.hooks import remove_hook_from_module  # noqa: E402
 
 MERGING = "lora(rank=4) + ia3()"
-STACK = f"{MERGING} + prefix_tuning(length=3, hidden=16) + serial_adapter(rank=8) + dora(rank=2, targets=['output'])"
+REST = "prefix_tuning(length=3, hidden=16) + serial_adapter(rank=8) + dora(rank=2, targets=['output'])"
+STACK = f"{MERGING} + {REST}"
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
 CPU = torch.device("cpu")
 CLOSE = 1e-6  # the same arithmetic in the same order
@@ -246,6 +247,8 @@ def test_a_patch_under_the_hook_is_refused_by_name() -> None:
     layer = model.model.layers[0].self_attn.q_proj
     layer.forward = lambda x: x
     offload(model)
-    with pytest.raises(AttachError, match=r"forward has been replaced(.|\n)*layers\.0\.self_attn\.q_proj\.forward is"):
+    with pytest.raises(
+        AttachError, match=r"forward has been replaced(.|\n)*layers\.0\.self_attn\.q_proj\.forward is"
+    ):
         inlay.attach(model, "lora(rank=2)")
     assert not hasattr(model, "_inlay_state")

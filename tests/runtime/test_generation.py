@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import inlay
-from inlay.errors import RoutingError, StateError
+from inlay.errors import RoutingError
 from inlay.testing.models import VOCABULARY
 from inlay.testing.tools import distance, lively, shake
 
@@ -204,15 +204,6 @@ def test_changing_the_attention_after_attaching_keeps_the_prefix(family: str, pa
     assert distance(stepwise(model, ids, None, (4, 8)), before) < CLOSE
     with inlay.use(model, "a/lora"):
         assert distance(whole(model, ids), before) > 0.05
-
-
-def test_a_block_mask_is_refused() -> None:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    model, ids = adapted("llama", PREFIX), tokens()
-    mask = create_block_mask(lambda b, h, q, k: q >= k, len(ids), None, 12, 12, device="cpu")
-    with pytest.raises(StateError, match=r"mask cannot be widened(.|\n)*a BlockMask"):
-        model(input_ids=ids, attention_mask=mask)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -43,7 +43,9 @@ def old_weight_norm(module: nn.Module) -> None:
 
 BELOW = {
     "weight_norm": weight_norm,
-    "old weight_norm": pytest.param(old_weight_norm, marks=pytest.mark.filterwarnings("ignore:.*weight_norm")),
+    "old weight_norm": pytest.param(
+        old_weight_norm, marks=pytest.mark.filterwarnings("ignore:.*weight_norm")
+    ),
     "parametrization": lambda m: parametrize.register_parametrization(m, "weight", Doubled()),
 }
 EVERY_WAY = pytest.mark.parametrize("below", list(BELOW.values()), ids=list(BELOW))
@@ -104,7 +106,9 @@ def test_a_weight_below_that_changes_is_followed() -> None:
     before = logits(model, batch)
     with torch.no_grad():
         for query in queries(model):
-            query.parametrizations.weight.original1 += torch.randn(32, 32, generator=torch.Generator().manual_seed(1))
+            query.parametrizations.weight.original1 += torch.randn(
+                32, 32, generator=torch.Generator().manual_seed(1)
+            )
     plain = plain_like(model)
     inlay.attach(plain, STACKS["dora"], seed=1)
     for (_, _, p), (_, _, q) in zip(
@@ -139,7 +143,9 @@ def test_a_parametrization_above_acts_and_must_go_before_detaching(stack: str) -
     weight_norm(query)  # computes the weight it found, so nothing may change
     assert distance(logits(model, batch), adapted) < CLOSE
     name = r"bert\.encoder\.layer\.1\.attention\.self\.query"
-    with pytest.raises(AttachError, match=rf"changed its class(.|\n)*{name} is now .*ParametrizedLinear") as caught:
+    with pytest.raises(
+        AttachError, match=rf"changed its class(.|\n)*{name} is now .*ParametrizedLinear"
+    ) as caught:
         inlay.detach(model)
     assert "remove_parametrizations" in str(caught.value)
     assert distance(logits(model, batch), adapted) < CLOSE

@@ -56,7 +56,11 @@ def few_bits(layer: nn.Linear, kind: str) -> nn.Module:
     else:
         nested, quant_type = kind.startswith("nested"), kind.rpartition(" ")[2]
         made = bnb.nn.Linear4bit(
-            *size, bias=has_bias, compute_dtype=torch.float32, quant_type=quant_type, compress_statistics=nested
+            *size,
+            bias=has_bias,
+            compute_dtype=torch.float32,
+            quant_type=quant_type,
+            compress_statistics=nested,
         )
         made.weight = bnb.nn.Params4bit(
             layer.weight.data, requires_grad=False, quant_type=quant_type, compress_statistics=nested
@@ -169,7 +173,9 @@ def test_training_through_packed_weights_is_refused(kind: str) -> None:
     if not any(is_packed(m) for m in model.modules()):
         pytest.skip("this processor has no kernel that packs (AVX512-BF16)")
     model.train()(**batch_for(model, labels=True)).loss.backward()
-    with pytest.raises(TrainingError, match=r"packed quantised weights for inference(.|\n)*q_proj and 13 more"):
+    with pytest.raises(
+        TrainingError, match=r"packed quantised weights for inference(.|\n)*q_proj and 13 more"
+    ):
         inlay.check_training(model)
 
 
@@ -219,7 +225,9 @@ def test_detaching_gives_the_quantised_model_back(forward_first: bool, kind: str
     logits(model)
     inlay.detach(model)
     assert torch.equal(logits(model), logits(plain))
-    assert [type(s.module) for s in quantised_sites(model)] == [type(s.module) for s in quantised_sites(plain)]
+    assert [type(s.module) for s in quantised_sites(model)] == [
+        type(s.module) for s in quantised_sites(plain)
+    ]
 
 
 @EVERY_KIND

@@ -16,9 +16,16 @@ from inlay.testing.tools import distance, lively, shake
 pytest.importorskip("transformers")
 
 MORE = VOCABULARY + 8
-HIT = [("llama", "model.embed_tokens", "trained"), ("llama", "model.embed_tokens", "lora"), ("llama", "lm_head", "lora"),
-       ("llama", "lm_head", "trained"), ("gpt2", "transformer.wte", "lora"), ("gpt2", "lm_head", "lora"),
-       ("bert", "bert.embeddings.word_embeddings", "lora"), ("t5", "encoder.embed_tokens", "lora")]  # fmt: skip
+HIT = [
+    ("llama", "model.embed_tokens", "trained"),
+    ("llama", "model.embed_tokens", "lora"),
+    ("llama", "lm_head", "lora"),
+    ("llama", "lm_head", "trained"),
+    ("gpt2", "transformer.wte", "lora"),
+    ("gpt2", "lm_head", "lora"),
+    ("bert", "bert.embeddings.word_embeddings", "lora"),
+    ("t5", "encoder.embed_tokens", "lora"),
+]
 
 
 def resized(model: nn.Module) -> None:
@@ -45,7 +52,9 @@ def test_a_resized_site_is_caught_when_checking_training(family: str, target: st
     inlay.check_training(model)
     resized(model)
     shown = target.replace(".", r"\.")
-    with pytest.raises(TrainingError, match=rf"replaced or resized after attaching(.|\n)*saw: {shown} ") as caught:
+    with pytest.raises(
+        TrainingError, match=rf"replaced or resized after attaching(.|\n)*saw: {shown} "
+    ) as caught:
         inlay.check_training(model)
     assert "resize_token_embeddings" in str(caught.value)
     with pytest.raises(AttachError, match=rf"lost its place in the model(.|\n)*saw: {shown} "):

@@ -91,7 +91,7 @@ def test_eight_threads_get_their_own_routes(family: str) -> None:
 
 
 def test_threads_train_through_their_own_routes() -> None:
-    """Gradients of eight threads' losses, each under its route, add up to those of the same losses in turn."""
+    """Gradients of the threads' losses, each under its route, are those of the same losses in turn."""
     model = adapted("llama").train()
     batches = [batch_for(model, seed=i, labels=True) for i in range(len(ROUTES))]
     routes = [route for route in ROUTES if route is not None]

@@ -61,7 +61,9 @@ def test_an_adapter_on_one_of_two_tied_layers_leaves_the_other_alone(family: str
 
 @TIED
 @pytest.mark.parametrize("which", ["embedding", "head"])
-@pytest.mark.parametrize("stack", ["lora(rank=4, targets=['{}'])", "trained(targets=['{}'])"], ids=["lora", "trained"])
+@pytest.mark.parametrize(
+    "stack", ["lora(rank=4, targets=['{}'])", "trained(targets=['{}'])"], ids=["lora", "trained"]
+)
 def test_merging_into_one_of_two_tied_layers_is_refused(family: str, which: str, stack: str) -> None:
     names = NAMES[family]
     here, other = names if which == "embedding" else names[::-1]
@@ -101,7 +103,7 @@ def test_the_plan_names_what_is_tied(family: str) -> None:
 
 @TIED
 def test_a_trained_head_of_a_tied_model_survives_the_disk(family: str, tmp_path: Path) -> None:
-    """The base's files hold one tied tensor; the trained head is the adapter's own, and comes back as such."""
+    """The base's files hold one tied tensor; the trained head is the adapter's own, and comes back so."""
     model = lively(family)
     inlay.attach(model, "lora(rank=2)", train=("head",))
     shake(model)
@@ -154,8 +156,8 @@ def inputs() -> Tensor:
     return torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
 
 
-STACKS = ["lora(rank=4, targets=['mix'])", "ia3(targets=['mix'])", "lora(rank=2, targets=['mix']) + dora(rank=2, targets=['mix'])",
-          "trained(targets=['mix'])"]  # fmt: skip
+LORA = "lora(rank=4, targets=['mix'])"
+STACKS = [LORA, "ia3(targets=['mix'])", f"{LORA} + dora(rank=2, targets=['mix'])", "trained(targets=['mix'])"]
 
 
 @pytest.mark.parametrize("stack", STACKS)
