@@ -252,11 +252,11 @@ class Anatomy:
         if parent is not block.module and isinstance(dropout, nn.Module):
             residual, owner = Tap(parent, 0, "hidden_states"), dropout
         yield SublayerSite(
-            name=self._sublayer_name(block, role), module=owner, role=role, layer=block.layer, side=block.side,
+            name=self._named(block, role), module=owner, role=role, layer=block.layer, side=block.side,
             cross=cross, features=features, x=Tap(module, 0, "hidden_states"), residual=residual,
         )  # fmt: skip
 
-    def _sublayer_name(self, block: Block, role: str) -> str:
+    def _named(self, block: Block, role: str) -> str:
         """Return a name of the sublayer's own: ViT calls the attention module so, too."""
         name = f"{block.name}.{role}"
         return f"{name}[sublayer]" if name in self.modules else name
@@ -266,9 +266,9 @@ class Anatomy:
     ) -> SublayerSite:
         norm = next(m for m in output.children() if layer_kind(m) == "norm")
         return SublayerSite(
-            name=self._sublayer_name(block, role), module=output.get_submodule("dropout"), role=role, layer=block.layer,
-            side=block.side, cross=cross, features=features, x=x, residual=Tap(output, 1, "input_tensor"),
-            norm=norm,
+            name=self._named(block, role), module=output.get_submodule("dropout"), role=role,
+            layer=block.layer, side=block.side, cross=cross, features=features, x=x,
+            residual=Tap(output, 1, "input_tensor"), norm=norm,
         )  # fmt: skip
 
     def _features_read(self, name: str, block: Block) -> int:

@@ -22,7 +22,7 @@ from inlay.manifest import FILE, read_manifest
 from inlay.stack import need_state
 from inlay.testing.models import build
 from inlay.testing.refusal import refused
-from inlay.testing.snapshot import differences, snapshot
+from inlay.testing.snapshots import differences, snapshot
 from inlay_lora import LoRA
 from inlay_scaling import IA3
 

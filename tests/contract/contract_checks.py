@@ -15,7 +15,7 @@ from inlay.authoring import Method, register
 from inlay.registry import registry
 from inlay.stack import Placed, need_state
 from inlay.testing.models import batch_for, build
-from inlay.testing.snapshot import differences, snapshot
+from inlay.testing.snapshots import differences, snapshot
 
 Batch = dict[str, Any]
 

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 import inlay
 from inlay.errors import AttachError, ConfigError, StateError
-from inlay.testing.snapshot import differences, snapshot
+from inlay.testing.snapshots import differences, snapshot
 from inlay_adapter import SerialAdapter
 
 NAMES = ("mnli", "qqp", "sst")

@@ -165,6 +165,15 @@ def test_what_is_no_stack_is_refused(thing: Any) -> None:
         inlay.attach(MODELS["bert"], thing)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_site_has_a_name_of_its_own(family: str) -> None:
+    """A checkpoint lists sites by name, and a composite may act on all sorts of them."""
+    anatomy = Anatomy(MODELS[family])
+    sites = [*anatomy.leaves, *anatomy.sublayers, *anatomy.attentions, *anatomy.block_sites()]
+    sites += anatomy.sequence_sites()
+    assert len({site.name for site in sites}) == len(sites)
+
+
 def test_a_site_of_another_model_is_refused() -> None:
     with refused(TargetError, r"this BertFor\w+ has no site 'model\.layers\.0\.self_attn\.q_proj'"):
         by_name(Anatomy(MODELS["bert"]), LoRA(), ["model.layers.0.self_attn.q_proj"])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import inlay
 from inlay.errors import AttachError, CannotMerge, TrainingError
 from inlay.testing.models import batch_for
-from inlay.testing.snapshot import differences, snapshot
+from inlay.testing.snapshots import differences, snapshot
 from inlay.testing.tools import distance, lively, shake
 
 accelerate = pytest.importorskip("accelerate")

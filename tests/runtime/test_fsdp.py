@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import re
 import subprocess
@@ -114,10 +116,23 @@ WORKER = """
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train every stack in one process and, at the same time, in two; return the folder of what they saw."""
-    import json
+    """Train every stack in one process and, at the same time, in two; return the folder of what they saw.
 
-    folder = tmp_path_factory.mktemp("fsdp")
+    Workers of one test run share it: the first to come trains, the others wait.
+    """
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder = root / "fsdp"
+    with open(root / "fsdp.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            folder.mkdir()
+            train(folder)
+            (folder / "done").touch()
+    return folder
+
+
+def train(folder: Path) -> None:
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -138,7 +153,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0, 0], "\n".join(outputs)
-    return folder
 
 
 def found(folder: Path, stack: str, rank: int, world: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import inlay
 from inlay.errors import AttachError, CannotMerge
 from inlay.testing.models import batch_for
-from inlay.testing.snapshot import differences, snapshot
+from inlay.testing.snapshots import differences, snapshot
 from inlay.testing.tools import distance, lively, shake
 
 pytest.importorskip("transformers")

@@ -16,7 +16,7 @@ from inlay.anatomy import Anatomy
 from inlay.errors import CannotMerge, TrainingError
 from inlay.sites import ModuleSite
 from inlay.testing.models import batch_for
-from inlay.testing.snapshot import digest
+from inlay.testing.snapshots import digest
 from inlay.testing.tools import distance, lively, shake
 from inlay.weights import is_packed, read, tensors_of
 

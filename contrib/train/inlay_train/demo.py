@@ -104,12 +104,14 @@ def texts(recipe: Recipe, console: Console) -> tuple[Encoded, Encoded]:
 
 
 def baseline(model: nn.Module, learn: Encoded, held: Encoded, recipe: Recipe, console: Console) -> Report:
-    """Measure the model with its new head, and with the best head that its fixed features allow.
+    """Measure the model with its new head, and with the head fitted to its features, computed once.
 
-    That head stays: the stack starts where a head alone ends (arXiv 2202.10054).
+    The fitted head stays: the stack starts where a head alone ends (arXiv 2202.10054).
     """
     size = sum(p.numel() for p in model.parameters())
-    console.print(f"model: {encoder.PACKAGE}, {size / 1e6:.1f} M parameters; measuring it as it is …")
+    console.print(
+        f"model: {encoder.PACKAGE}, {size / 1e6:.1f} M parameters; reading the texts with it, frozen …"
+    )
 
     def features(**batch: Tensor) -> Tensor:
         return model.base_model(**batch).pooler_output  # type: ignore[operator]
@@ -143,10 +145,10 @@ def progress(total: int, console: Console) -> Iterator[Any]:
 
 def accuracies(report: Report) -> Table:
     """Return the table of what was right before and after, beside the head alone."""
-    table = Table("", f"right on {report.held_out} held-out docstrings", title="Accuracy")
-    table.add_row("before: the model with a new head", f"{report.before:.1%}")
-    table.add_row("head only: logistic regression on the frozen model", f"{report.head_only:.1%}")
-    table.add_row("after: the stack, its head starting from that one", f"{report.after:.1%}", style="bold")
+    table = Table("", "right", title=f"Accuracy on {report.held_out} held-out docstrings")
+    table.add_row("before: the model, its head new", f"{report.before:.1%}")
+    table.add_row("head only: the frozen model, its head fitted", f"{report.head_only:.1%}")
+    table.add_row("after: the stack, on from that head", f"{report.after:.1%}", style="bold")
     return table
 
 

@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from torch.nn.functional import cross_entropy
 
 import inlay
 from inlay import InlayError
 from inlay_train import data, demo, encoder
 from inlay_train.demo import NAME, Recipe, Report
 from inlay_train.encoder import Encoded, logits
+from inlay_train.learning import head_only
 
 SHORT = Recipe(epochs=1, most=8)
+pytestmark = pytest.mark.xdist_group("demo")  # one process runs the demo for all of them
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +43,9 @@ def test_the_story_is_told(told: tuple[Report, str, Path]) -> None:
         "p_tuning_v2: p_tuning_v2 on 6 sites (6 attention)",
         "trained: trained on 1 sites (1 head)",
         "3/3",
-        f"before: the model with a new head                  │ {report.before:.1%}",
-        f"head only: logistic regression on the frozen model │ {report.head_only:.1%}",
-        f"after: the stack with its head                     │ {report.after:.1%}",
+        f"before: the model, its head new              │ {report.before:.1%}",
+        f"head only: the frozen model, its head fitted │ {report.head_only:.1%}",
+        f"after: the stack, on from that head          │ {report.after:.1%}",
         "16 of 16 predictions identical, logits equal bit for bit",
         "merged docstrings/lora, docstrings/trained at 37 sites",
         "still attached: docstrings/p_tuning_v2",
@@ -129,3 +132,12 @@ def test_batches_hold_every_text_once_and_pad_to_the_longest(held: Encoded) -> N
 def test_outputs_come_in_the_order_of_the_texts(held: Encoded) -> None:
     lengths = held.through(lambda **batch: batch["attention_mask"].sum(1))
     assert lengths.tolist() == [len(row) for row in held.rows]
+
+
+def test_the_head_alone_is_fitted_to_the_end() -> None:
+    features, labels = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 4
+    head = head_only(features, labels, classes=4, decay=1e-2)
+    loss = cross_entropy(head(features), labels) + 1e-2 * head.weight.square().sum()
+    gradient = torch.autograd.grad(loss, list(head.parameters()))
+    assert max(float(g.abs().max()) for g in gradient) < 1e-4
+    assert float(loss.detach()) < 0.98 * float(torch.tensor(4.0).log())

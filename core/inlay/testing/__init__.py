@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from inlay.testing.cases import Case, Joined, Member
     from inlay.testing.conformance import MethodConformance
     from inlay.testing.rule import RULES, Rule, RuleBroken
-    from inlay.testing.snapshot import differences, snapshot
+    from inlay.testing.snapshots import differences, snapshot
 
 _HOMES = {
     "Case": "cases", "Joined": "cases", "Member": "cases", "RULES": "rules",
     "MethodConformance": "conformance",
-    "Rule": "rule", "RuleBroken": "rule", "differences": "snapshot", "snapshot": "snapshot",
+    "Rule": "rule", "RuleBroken": "rule", "differences": "snapshots", "snapshot": "snapshots",
 }  # fmt: skip
 
 __all__ = [

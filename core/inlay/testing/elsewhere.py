@@ -64,7 +64,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
     import inlay
     from inlay.testing.cases import tiny
     from inlay.testing.effects import output
-    from inlay.testing.snapshot import digest
+    from inlay.testing.snapshots import digest
 
     for name, file in question["modules"].items():
         _import(name, file)

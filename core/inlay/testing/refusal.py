@@ -14,7 +14,7 @@ from torch import nn
 from inlay.errors import InlayError
 from inlay.stack import state_of
 from inlay.testing.rule import need
-from inlay.testing.snapshot import differences, snapshot
+from inlay.testing.snapshots import differences, snapshot
 
 
 class Caught:

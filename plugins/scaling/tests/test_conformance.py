@@ -27,6 +27,9 @@ class TestSSF(MethodConformance):
     configurations = st.builds(SSF, init_std=st.sampled_from([0.0, 0.02]))
     targets = (None, ("linear",), ("query", "norm"))
     adds_biases = True
+    excused = {
+        "R07": "a β that starts at 0 gets no gradient below a member that runs an RMSNorm with other values"
+    }
 
     @staticmethod
     def merges(method: SSF, family: str) -> bool:

@@ -17,7 +17,7 @@ from inlay.testing import elsewhere
 from inlay.testing.cases import NAME, Case, tiny
 from inlay.testing.effects import output, output_of, same_output, stir, tensors_of, train
 from inlay.testing.rule import need, rule
-from inlay.testing.snapshot import digest, same_bits
+from inlay.testing.snapshots import digest, same_bits
 
 
 def reloaded(kind: Any, folder: str) -> nn.Module:

@@ -141,8 +141,10 @@ def _foreign(warning: warnings.WarningMessage) -> bool:
     alone=True,
 )
 def imports_lightly(joined: Joined) -> None:
-    heavy = _imported_with(joined.kind.__module__)
-    need(not heavy, f"importing {joined.kind.__module__} imports {', '.join(heavy)}")
+    package = joined.kind.__module__.split(".")[0]
+    module = joined.kind.__module__ if package == "inlay" else package
+    heavy = _imported_with(module)
+    need(not heavy, f"importing {module} imports {', '.join(heavy)}")
 
 
 @cache

@@ -11,7 +11,7 @@ from inlay.stack import State, need_state
 from inlay.testing.cases import Case
 from inlay.testing.effects import OPTIMIZERS, backward, output, stir, tensors_of, train
 from inlay.testing.rule import need, rule
-from inlay.testing.snapshot import digest, same_bits
+from inlay.testing.snapshots import digest, same_bits
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
