@@ -131,5 +131,5 @@ def test_no_member_of_a_drawn_stack_is_hidden(case: Case) -> None:
 
 def test_the_package_names_what_it_has() -> None:
     assert all(getattr(inlay.testing, name) is not None for name in inlay.testing.__all__)
-    with pytest.raises(AttributeError, match="'inlay.testing' has no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match=r"'inlay\.testing' has no attribute 'nothing'"):
         inlay.testing.nothing  # noqa: B018
