@@ -20,7 +20,7 @@ from inlay.testing.models import build
 from inlay.testing.refusal import refused
 from inlay_lora import LoRA
 
-METHODS = {name: registry.get(name) for name in sorted(inlay.methods())}
+METHODS = {name: registry.get(name) for name in sorted(registry.origins())}  # not those of other tests
 FIELDS = [
     pytest.param(kind, field, id=f"{name}.{field.name}")
     for name, kind in METHODS.items()

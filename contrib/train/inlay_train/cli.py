@@ -1,47 +1,38 @@
-"""The `inlay` command."""
+"""The `inlay` command: registers the commands, and tells errors without a traceback."""
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
-from pathlib import Path
-from typing import Annotated
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
+
+from inlay_train.commands.demo import demo
+from inlay_train.commands.methods import methods
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Adapt a large model by a very small part."
+    no_args_is_help=True, add_completion=False, help="Adapt a large model by a very small part of it."
 )
 
 
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the adapter and the figures.")] = Path(
-        "demo-output"
-    ),
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    validation: Annotated[
-        bool, typer.Option("--validation", help="Measure on part of the training texts: to choose settings.")
-    ] = False,
-) -> None:
-    """Train LoRA and a prefix on a real encoder and real text; save, load, merge, check (3 minutes)."""
-    from inlay import InlayError
-    from inlay_train.demo import Recipe, run
+def telling_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Return `command` with inlay's errors printed (exit status 1) instead of raised."""
 
-    try:
-        run(output, Recipe(seed=seed, validation=validation))
-    except InlayError as error:
-        typer.echo(error, err=True)
-        raise typer.Exit(1) from error
+    @functools.wraps(command)
+    def told(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except Exception as error:
+            errors = sys.modules.get("inlay.errors")  # not imported: then it is none of ours
+            if errors is None or not isinstance(error, errors.InlayError):
+                raise
+            typer.echo(error, err=True)
+            raise typer.Exit(1) from error
+
+    return told
 
 
-@app.command()
-def methods() -> None:
-    """List the installed methods, from package metadata alone."""
-    table = Table("method", "package", "version", box=None)
-    for entry in sorted(entry_points(group="inlay.methods")):
-        table.add_row(
-            entry.name, entry.dist.name if entry.dist else "", entry.dist.version if entry.dist else ""
-        )
-    Console().print(table)
+for command in (demo, methods):
+    app.command()(telling_errors(command))

@@ -34,8 +34,12 @@ def ask(**question: Any) -> dict[str, Any]:
     """Load `folder` onto a fresh model (`family`, `seed`, `dtype`) in the other process; return its answer.
 
     `modules` ({name: file}) are imported there first: they define methods that no installed package offers.
+    It computes with as many threads as this process: sums are split among them, and round accordingly.
     """
+    import torch
+
     process = _process()
+    question["threads"] = torch.get_num_threads()
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(json.dumps(question) + "\n")
@@ -66,6 +70,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
     from inlay.testing.effects import output
     from inlay.testing.snapshots import digest
 
+    torch.set_num_threads(question["threads"])
     for name, file in question["modules"].items():
         _import(name, file)
     model = tiny(question["family"], seed=question["seed"], dtype=getattr(torch, question["dtype"]))

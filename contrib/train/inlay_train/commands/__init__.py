@@ -1,0 +1,1 @@
+"""The commands of `inlay`, a module each; importing them imports neither torch nor inlay."""
