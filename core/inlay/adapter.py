@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from inlay.delta import Delta, Ref
 from inlay.errors import AttachError
+from inlay.hosts import base_size
 from inlay.sites import Site
 from inlay.sites.site import hooks_of
 
@@ -77,18 +78,21 @@ class Adapter:
         return Init(f"{self.seed}/{name}", reference, meta=self.meta)
 
     def child(self, name: str, method: Method) -> Adapter:
-        """Return the adapter of a method inside this one, its deltas made but owned by the caller."""
-        from inlay.anatomy import Anatomy
-        from inlay.registry import registry
-        from inlay.targets import resolve
+        """Return the adapter of a method inside this one, its deltas made but owned by the caller.
 
-        names = {site.name for site in resolve(Anatomy(self.model), method)}
-        sites = tuple(site for site in self.sites if site.name in names)
+        What `calibrate` measured for it is kept here under names that begin with "<name>/".
+        """
+        from inlay.registry import registry
+        from inlay.targets import among
+
+        sites, prefix = among(self.model, self.sites, method), f"{name}/"
         seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()[:4], "little")
-        inner = Adapter(sites, model=self.model, seed=seed, calibration=self.calibration, find=self._find,
-                        meta=self.meta)  # fmt: skip
+        measured = {k: self.calibration.pop(k) for k in [*self.calibration] if k.startswith(prefix)}
+        inner = Adapter(sites, model=self.model, seed=seed, find=self._find, meta=self.meta,
+                        calibration={k.removeprefix(prefix): t for k, t in measured.items()})  # fmt: skip
         inner.data = self.data.setdefault(name, {})
         registry.call("inject", method, sites=sites, adapter=inner)
+        self.calibration |= {f"{prefix}{k}": t for k, t in inner.calibration.items()}
         if inner.shared:
             self.shared[name] = inner.shared
         self.children[name] = inner
@@ -126,10 +130,7 @@ class Adapter:
     @property
     def base_size(self) -> int:
         """How many parameters the base model has, without any adapter's."""
-        from inlay.hosts import Deltas
-
-        own = {p for m in self.model.modules() if isinstance(m, Deltas) for p in m.parameters()}
-        return sum(p.numel() for p in self.model.parameters() if p not in own)
+        return base_size(self.model)
 
     def trainable_names(self) -> list[str]:
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad]

@@ -20,18 +20,32 @@ from inlay.context import At, Call, Slot
 from inlay.delta import Delta, KeyValues
 from inlay.errors import AttachError, StateError
 from inlay.hosts import check_own_forward
+from inlay.ports import Port
 from inlay.sites import AttentionSite, SequenceSite
 
 NAME = "inlay"
 
 
-class AttentionPort:
-    """What our attention function reads from its module: slot, number, the config it replaced."""
+class AttentionPort(Port):
+    """The port of an attention module: entering makes its config name our function."""
 
-    def __init__(self, slot: Slot, index: int, site: AttentionSite) -> None:
-        self.slot, self.index, self.site = slot, index, site
+    def __init__(self, slot: Slot, site: AttentionSite) -> None:
+        super().__init__(slot, site.name, site.module)
+        self.site = site
         self.config: Any = site.module.config
-        self.program: Any = None
+
+    def check(self) -> None:
+        check_can_enter(self.site)
+
+    def enter(self) -> None:
+        register()
+        config = copy.copy(self.config)
+        config._attn_implementation_internal = NAME
+        self.module.__dict__.update(_inlay_attention=self, config=config)
+
+    def leave(self) -> None:
+        self.module.__dict__["config"] = self.config
+        self.module.__dict__.pop("_inlay_attention", None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         register()  # a pickle may be the first of us that a process sees
@@ -90,22 +104,6 @@ def register() -> None:
     ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
 
 
-def enter(port: AttentionPort) -> None:
-    """Make the module's attention call ours."""
-    register()
-    module = port.site.module
-    config = copy.copy(port.config)
-    config._attn_implementation_internal = NAME
-    module.__dict__["_inlay_attention"] = port
-    module.__dict__["config"] = config
-
-
-def leave(port: AttentionPort) -> None:
-    module = port.site.module
-    module.__dict__["config"] = port.config
-    module.__dict__.pop("_inlay_attention", None)
-
-
 def check_can_enter(site: AttentionSite) -> None:
     """Raise if keys and values cannot be put in here."""
     from inlay.anatomy import uses_attention_interface
@@ -134,7 +132,7 @@ def attention(
     """
     port: AttentionPort = module._inlay_attention  # type: ignore[assignment]
     call = port.slot.call
-    program = port.program if call is None else call.table.attention[port.index]
+    program = port.program if call is None else call.programs[port.index]
     own = implementation(module, port.config._attn_implementation)
     if call is not None and call.recording is not None:
         call.recording[port.site.name] = (key, value)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from inlay.adapter import Adapter
 from inlay.attach import place, start
 from inlay.errors import ConfigError, shown
 from inlay.plan import build_adapter
@@ -66,6 +67,23 @@ def _check_alike(sources: Mapping[str, list[Placed]]) -> None:
                 saw=f"{first_name!r} and {other!r} differ in methods, settings or sites",
                 do="train them from the same stack, or use both: inlay.use(model, first, second)",
             )
+        for one, two in zip(sources[first_name], sources[other], strict=True):
+            if not _measured_alike(one.adapter, two.adapter):
+                raise ConfigError(
+                    "adapters of different calibration cannot be combined tensor by tensor",
+                    saw=f"{one.path!r} and {two.path!r} chose other entries, ranks or values",
+                    do="use both: inlay.use(model, first, second)",
+                )
+
+
+def _measured_alike(one: Adapter, two: Adapter) -> bool:
+    """Whether two adapters have the same calibration and data, so that their tensors correspond."""
+    kept, other = one.calibration, two.calibration
+    if one.data != two.data or kept.keys() != other.keys():
+        return False
+    return all(
+        t.shape == other[k].shape and bool((t == other[k].to(t.device)).all()) for k, t in kept.items()
+    )
 
 
 def _combined(

@@ -8,21 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from inlay.attention import Columns, PromptColumns, RoutedColumns, run_prompt
+from inlay.attention import AttentionPort, Columns, PromptColumns, RoutedColumns, run_prompt
 from inlay.context import At, Call
 from inlay.delta import Delta
 from inlay.errors import AttachError
-from inlay.programs import (
-    Member,
-    OnOutput,
-    Routed,
-    RoutedOnOutput,
-    Table,
-    Tapped,
-    WeightMember,
-    leaf_program,
-    needs_overlay,
-)
+from inlay.hosts import HostPort
+from inlay.ports import BlockPort, Port
+from inlay.programs import Member, Routed, Table, Tapped, WeightMember, needs_overlay, program_of
 from inlay.sites import AttentionSite, BlockSite, ModuleSite, SequenceSite, Site, SublayerSite
 from inlay.weights import Level
 
@@ -30,17 +22,15 @@ if TYPE_CHECKING:
     from inlay.stack import Placed, State
 
 Entry = tuple["Placed", Site, Delta]
+Taps = dict[nn.Module, list[tuple[str, int, str]]]
+PORTS: dict[type[Site], type[Port]] = {AttentionSite: AttentionPort, BlockSite: BlockPort}
 
 
 def compile_table(state: State, stacks: Sequence[tuple[int, ...]], *, prompts: bool = True) -> Table:
     """Return the programs of `stacks`: one for all rows, or several among which rows choose."""
     plans = [StackPlan(state, stack) for stack in stacks]
     taps = taps_of(plans)
-    table = Table(
-        programs=[_host_program(state, module, plans, taps.get(id(module), [])) for _, module in state.hosts],
-        attention=[_attention_program(state, p.site, plans, prompts) for p in state.attention_ports],
-        blocks=[_output_program(state, p.site, plans) for p in state.block_ports],
-    )
+    table = Table([_program(state, port, plans, taps, prompts) for port in state.ports])
     table.prepares = tuple(_prepares(state, plans, prompts))
     table.reads_call = any(p.wants_call for p in plans)
     table.scoped = bool(table.prepares or taps or len(plans) > 1 or table.reads_call)
@@ -53,41 +43,41 @@ class StackPlan:
     def __init__(self, state: State, stack: tuple[int, ...]) -> None:
         self.stack = stack
         self.placed = [state.placed[i] for i in stack if not state.placed[i].merged]
-        self.entries: dict[int, list[Entry]] = {}
+        self.entries: dict[nn.Module, list[Entry]] = {}
         self.sequence: list[Entry] = []
         for placed in self.placed:
             for site, delta in placed.adapter.placed:
                 if isinstance(site, SequenceSite):
                     self.sequence.append((placed, site, delta))
                 else:
-                    self.entries.setdefault(id(site.module), []).append((placed, site, delta))
+                    self.entries.setdefault(site.module, []).append((placed, site, delta))
         self.wants_call = any(p.method.reads_call for p in self.placed)
 
-    def at(self, module: nn.Module, kind: type[Site]) -> list[Entry]:
-        return [e for e in self.entries.get(id(module), []) if isinstance(e[1], kind)]
+
+def places_of(plan: StackPlan) -> dict[tuple[type[Port], nn.Module], Site | None]:
+    """Return where a stack needs ports: (kind of port, module), with the site it is for."""
+    found: dict[tuple[type[Port], nn.Module], Site | None] = {}
+    for module, entries in plan.entries.items():
+        for _, site, _ in entries:
+            found[PORTS.get(type(site), HostPort), module] = site
+    for _, site, _ in plan.sequence:
+        assert isinstance(site, SequenceSite)
+        found.update({(AttentionPort, inner.module): inner for inner in site.attentions})
+    return {**dict.fromkeys((HostPort, module) for module in taps_of([plan])), **found}
 
 
-def _host_program(state: State, module: nn.Module, plans: Sequence[StackPlan], taps: list[Any]) -> Any:
-    leaf = next((e[1] for p in plans for e in p.at(module, ModuleSite)), None)
-    sublayer = next((e[1] for p in plans for e in p.at(module, SublayerSite)), None)
-    program: Any = None
-    if leaf is not None:
-        leaves = [leaf_program(members_of(state, p.at(module, ModuleSite))) for p in plans]
-        program = leaves[0] if len(leaves) == 1 else Routed(leaves, state.slot, leaf)
-    elif sublayer is not None:
-        program = _output_program(state, sublayer, plans)
-    return Tapped(taps, state.slot, program) if taps else program
-
-
-def _output_program(state: State, site: Site, plans: Sequence[StackPlan]) -> Any:
-    own = isinstance(site, BlockSite) or (isinstance(site, SublayerSite) and site.x.module is site.module)
-    programs: list[OnOutput | None] = []
-    for plan in plans:
-        members = members_of(state, plan.at(site.module, type(site)))
-        programs.append(OnOutput(members, site, state.slot, own_input=own) if members else None)
-    if len(programs) == 1 or not any(programs):
-        return programs[0]
-    return RoutedOnOutput(programs, state.slot, site, own_input=own)
+def _program(state: State, port: Port, plans: Sequence[StackPlan], taps: Taps, prompts: bool) -> Any:
+    """Return what runs at one port: the plans' own program, or one that splits the rows among theirs."""
+    if isinstance(port, AttentionPort):
+        return _attention_program(state, port.site, plans, prompts)
+    kinds = (BlockSite,) if isinstance(port, BlockPort) else (ModuleSite, SublayerSite)
+    here = [[e for e in plan.entries.get(port.module, []) if isinstance(e[1], kinds)] for plan in plans]
+    programs = [program_of(members_of(state, entries), state.slot) for entries in here]
+    program: Any = programs[0]
+    if len(programs) > 1 and any(programs):
+        program = Routed(programs, state.slot, next(e[1] for entries in here for e in entries))
+    keep = taps.get(port.module) if isinstance(port, HostPort) else None
+    return Tapped(keep, state.slot, program) if keep else program
 
 
 def members_of(state: State, entries: Sequence[Entry]) -> list[Member]:
@@ -136,7 +126,7 @@ def _attention_program(
 ) -> Columns | RoutedColumns | None:
     programs: list[Columns | None] = []
     for plan in plans:
-        entries = plan.at(site.module, AttentionSite)
+        entries = [e for e in plan.entries.get(site.module, []) if isinstance(e[1], AttentionSite)]
         members: list[Any] = []
         if plan.sequence and prompts:
             placed, sequence, _ = plan.sequence[0]
@@ -149,12 +139,12 @@ def _attention_program(
     return RoutedColumns(programs, state.slot, site)
 
 
-def taps_of(plans: Sequence[StackPlan]) -> dict[int, list[tuple[str, int, str]]]:
+def taps_of(plans: Sequence[StackPlan]) -> Taps:
     """Return what each module must keep for a sublayer's or attention's deltas: (key, position, name)."""
-    taps: dict[int, dict[str, tuple[str, int, str]]] = {}
+    taps: dict[nn.Module, dict[str, tuple[str, int, str]]] = {}
 
     def keep(module: nn.Module, key: str, position: int, name: str) -> None:
-        taps.setdefault(id(module), {})[key] = (key, position, name)
+        taps.setdefault(module, {})[key] = (key, position, name)
 
     for plan in plans:
         for entries in plan.entries.values():
@@ -191,5 +181,7 @@ def _prompt(state: State, entries: Sequence[Entry], stack: tuple[int, ...], call
 
 
 def _apart(a: Site, b: Site) -> bool:
-    """Whether two sites on one module are different slices of it (they never overlap partly)."""
-    return bool(getattr(a, "part", None) and getattr(b, "part", None))
+    """Whether two sites on one module are different tensors or slices of it (these never overlap partly)."""
+    if not (isinstance(a, ModuleSite) and isinstance(b, ModuleSite)):
+        return False
+    return a.weight_name != b.weight_name or bool(a.part and b.part)

@@ -64,7 +64,11 @@ def migrate(method: Method, state: Mapping[str, Tensor], from_version: int) -> M
 def calibrate(
     method: Method, model: nn.Module, sites: Sequence[Site], batches: Iterable[Any]
 ) -> Mapping[str, Tensor]:
-    """Measure the bare model before `inject`; the result is kept as `adapter.calibration`, and saved."""
+    """Measure the bare model before `inject`; asked for only if the method's `calibrates` is true.
+
+    The model is in evaluation mode, without adapters, and stays as it is; `batches` can be gone
+    through again. The result is `adapter.calibration` in `inject`; what is left in it is saved.
+    """
 
 
 @hookspec(firstresult=True)

@@ -16,32 +16,18 @@ from torch import Tensor, nn
 
 from inlay.context import Slot
 from inlay.errors import AttachError
+from inlay.ports import Port
 from inlay.recompute import Bound
 from inlay.sites.site import hooks_of
 
 CHILD = "inlay"
 
 
-class Port:
-    """What a host's forward reads: the model's slot, the host's number, its default program."""
-
-    __slots__ = ("index", "program", "slot")
-
-    def __init__(self, slot: Slot, index: int) -> None:
-        self.slot, self.index, self.program = slot, index, None
-
-    def __getstate__(self) -> tuple[Slot, int, Any]:
-        return self.slot, self.index, self.program
-
-    def __setstate__(self, state: tuple[Slot, int, Any]) -> None:
-        self.slot, self.index, self.program = state
-
-
 class Host(nn.Module):
     """Mixin in front of a module's own class: runs the program the port holds for this call."""
 
     _inlay_base: type[nn.Module]
-    _inlay_port: Port
+    _inlay_port: HostPort
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         port = self._inlay_port
@@ -67,6 +53,12 @@ class Deltas(nn.ModuleDict):
             own: dict[str, Tensor] = self.state_dict(prefix=prefix)
             state_dict.update({key: tensor.detach() for key, tensor in own.items()})
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def base_size(model: nn.Module) -> int:
+    """Return how many parameters the base model has, without any adapter's."""
+    own = {p for m in model.modules() if isinstance(m, Deltas) for p in m.parameters()}
+    return sum(p.numel() for p in model.parameters() if p not in own)
 
 
 @cache
@@ -145,26 +137,52 @@ def check_own_forward(module: nn.Module, name: str) -> None:
         )
 
 
-def enter(module: nn.Module, port: Port, *, scope: bool = False) -> None:
-    """Make `module` a host. The class must have been made before (see `host_class`)."""
-    base = type(module)
-    object.__setattr__(module, "__class__", host_class(base, scope))  # type: ignore[arg-type]
-    module.__dict__["_inlay_port"] = port
-    _redirect_instance_forward(module, type(module))
+class HostPort(Port):
+    """The port of a host: entering puts the module under a subclass of its own class.
+
+    With `scope`, the model's `State`, it becomes a scope, which opens the calls.
+    """
+
+    def __init__(self, slot: Slot, name: str, module: nn.Module, *, scope: Any = None) -> None:
+        super().__init__(slot, name, module)
+        self.scope, self.lasting = scope, scope is not None
+
+    def check(self) -> None:
+        check_can_host(self.module, self.name)
+        try:
+            host_class(type(self.module), self.lasting)  # type: ignore[arg-type]
+        except Exception as error:
+            raise AttachError(
+                "a module's class cannot be subclassed, so nothing can be placed on it",
+                saw=f"{self.name} is a {type(self.module).__name__}: {error}",
+                do="choose other targets",
+            ) from error
+
+    def enter(self) -> None:
+        self._become(host_class(type(self.module), self.lasting))  # type: ignore[arg-type]
+        self.module.__dict__["_inlay_port"] = self
+        if self.lasting:
+            self.module.__dict__["_inlay_state"] = self.scope
+
+    def leave(self) -> None:
+        self.module._modules.pop(CHILD, None)
+        self.module.__dict__.pop("_inlay_port", None)
+        self.module.__dict__.pop("_inlay_state", None)
+        self._become(type(self.module)._inlay_base)  # type: ignore[attr-defined]
+
+    def _become(self, kind: type[nn.Module]) -> None:
+        """Change the module's class; accelerate's hook (on the instance) calls the class's forward of now."""
+        module = self.module
+        object.__setattr__(module, "__class__", kind)
+        if "_old_forward" in module.__dict__:
+            module.__dict__["_old_forward"] = types.MethodType(kind.forward, module)
+        elif isinstance(module.__dict__.get("forward"), types.MethodType):
+            module.__dict__["forward"] = types.MethodType(kind.forward, module)
 
 
-def leave(module: nn.Module) -> None:
-    """Give `module` its own class back."""
-    base = type(module)._inlay_base  # type: ignore[attr-defined]
-    module._modules.pop(CHILD, None)
-    module.__dict__.pop("_inlay_port", None)
-    object.__setattr__(module, "__class__", base)
-    _redirect_instance_forward(module, base)
-
-
-def check_can_leave(modules: Iterable[tuple[str, nn.Module]]) -> None:
+def check_can_leave(ports: Iterable[Port]) -> None:
     """Raise if another library put its own class on top of ours since."""
-    for name, module in modules:
+    for name, module in ((p.name, p.module) for p in ports if isinstance(p, HostPort)):
         base = getattr(type(module), "_inlay_base", None)
         if base is not None and type(module) in (host_class(base, False), host_class(base, True)):
             continue
@@ -189,14 +207,6 @@ def is_running(module: nn.Module) -> bool:
 
 def _is_own_forward(module: nn.Module, forward: Any) -> bool:
     return getattr(forward, "__func__", None) is type(module).forward
-
-
-def _redirect_instance_forward(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Make accelerate's hook (which sits on the instance) call the class's forward of now."""
-    if "_old_forward" in module.__dict__:
-        module.__dict__["_old_forward"] = types.MethodType(kind.forward, module)
-    elif isinstance(module.__dict__.get("forward"), types.MethodType):
-        module.__dict__["forward"] = types.MethodType(kind.forward, module)
 
 
 def bind_checkpointing(modules: Iterable[nn.Module], slot: Slot) -> None:

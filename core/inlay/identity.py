@@ -68,6 +68,8 @@ def _own_class(model: nn.Module) -> type:
 def _config(model: nn.Module) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     values = config.to_dict() if hasattr(config, "to_dict") else {}
+    if "problem_type" in values:
+        values["problem_type"] = None  # a classifier's own forward sets it, at its first labels
     return {k: v for k, v in values.items() if k not in VOLATILE}
 
 

@@ -14,7 +14,7 @@ from inlay.compile import Entry, members_of
 from inlay.delta import Fold
 from inlay.errors import CannotMerge, ConfigError, MergedError, RegistryError, StateError, shown
 from inlay.masks import apply as apply_masks
-from inlay.programs import Program
+from inlay.programs import Onion
 from inlay.registry import registry
 from inlay.sites import ModuleSite
 from inlay.stack import Placed, State, need_state
@@ -243,7 +243,7 @@ def _measured(
         delta.eval()
     try:
         plain = _linear(probe, base)
-        adapted = Program(members).run(lambda x: _linear(x, base), probe)
+        adapted = Onion(members, state.slot).run(lambda x: _linear(x, base), probe)
     finally:
         for delta, mode in zip(deltas, modes, strict=True):
             delta.train(mode)

@@ -16,12 +16,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from inlay.delta import Fold
-from inlay.errors import CannotMerge, ConfigError, RegistryError, near, shown
+from inlay.errors import CannotMerge, RegistryError
 from inlay.hookspecs import hookimpl
-from inlay.settings import check_setting, plain, setting
+from inlay.settings import Configured, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,17 +36,17 @@ Layers = int | str | Sequence[int] | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(Configured):
     """Base of all methods. Subclasses are frozen dataclasses; their fields are hyperparameters.
 
     Class attributes describe the algorithm: `id` (its name in files), `paper` (arXiv id),
     `accepts` (site kinds), `default_targets` (each must match), `optional_targets` (more defaults,
     taken where the model has them and the method suits them), `lr` (a rate at which it learns in
     about a hundred AdamW steps), `weight_decay`, `starts_as_identity`, `prepares` (has a `prepare`
-    hook), `reads_call` (its deltas look at `at.call`: mask, tasks, cache).
+    hook), `calibrates` (has a `calibrate` hook and must see data first; a property where settings
+    decide), `reads_call` (its deltas look at `at.call`: mask, tasks, cache).
     """
 
-    id: ClassVar[str]
     version: ClassVar[int] = 1
     paper: ClassVar[str] = ""
     accepts: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
@@ -56,25 +56,11 @@ class Method:
     weight_decay: ClassVar[float | None] = None
     starts_as_identity: ClassVar[bool] = True
     prepares: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
     reads_call: ClassVar[bool] = False
 
     targets: tuple[str, ...] | None = setting(None)
     layers: tuple[int, ...] | str | None = setting(None)
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Method:
-        names = {f.name for f in dataclasses.fields(cls)}
-        for name in kwargs.keys() - names:
-            raise ConfigError(
-                f"{cls.__name__} has no setting {name!r}",
-                saw=f"{name}={shown(kwargs[name])}",
-                do=near(name, names),
-            )
-        return super().__new__(cls)
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = check_setting(type(self), field, getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
 
     def delta(self, site: Site, init: Init) -> Delta:
         """Return the delta of one site, its tensors made with `init`. The one thing to write."""
@@ -114,10 +100,6 @@ class Method:
         from inlay.stack import Stack
 
         return Stack.of(self) + other
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the hyperparameters as plain data (JSON types; methods inside become dicts)."""
-        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     @staticmethod
     @hookimpl

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from inlay.adapter import Adapter
 from inlay.anatomy import Anatomy
 from inlay.errors import AttachError, ConfigError, shown
+from inlay.hosts import base_size
 from inlay.method import Method
 from inlay.registry import registry
+from inlay.routing import use
 from inlay.sites import Site
 from inlay.stack import Part, Placed, Stack, State, state_of
 from inlay.targets import by_name, resolve
@@ -64,14 +67,21 @@ def plan(model: nn.Module, what: Method | Part | Stack | str, *, train: Sequence
     check_module(model, "plan")
     stack = with_trained(Stack.of(what), train)
     resolved = resolve_stack(model, stack)
-    base = sum(p.numel() for p in model.parameters())
-    planned = []
-    for part, sites in resolved:
-        adapter = build_adapter(model, part.method, sites, seed=0, meta=True, find=_finder(model))
+    built = [
+        (part, build_adapter(model, part.method, sites, seed=0, meta=True, find=_finder(model)))
+        for part, sites in resolved
+    ]
+    return planned(model, built)
+
+
+def planned(model: nn.Module, built: Iterable[tuple[Part, Adapter]]) -> Plan:
+    """Return the plan that these adapters carry out."""
+    parts = []
+    for part, adapter in built:
         tensors = [p for _, p in adapter.named_parameters()]
         size = sum(t.numel() * t.element_size() for t in tensors)
-        planned.append(PlannedPart(part, sites, sum(t.numel() for t in tensors), size))
-    return Plan(planned, base, tied_names(model, [s for p in planned for s in p.sites]))
+        parts.append(PlannedPart(part, adapter.sites, sum(t.numel() for t in tensors), size))
+    return Plan(parts, base_size(model), tied_names(model, [s for p in parts for s in p.sites]))
 
 
 def check_module(model: object, verb: str) -> None:
@@ -138,8 +148,9 @@ def build(
 ) -> list[Placed]:
     """Return the placed parts of a new adapter, numbered, calibrated where their methods ask for it."""
     built = []
+    batches = _repeatable(data)
     for number, (part, sites) in enumerate(resolved):
-        calibration = _calibrate(state.model, part, sites, data)
+        calibration = _calibrate(state, part, sites, batches)
         adapter = build_adapter(
             state.model,
             part.method,
@@ -152,10 +163,9 @@ def build(
     return built
 
 
-def _calibrate(
-    model: nn.Module, part: Part, sites: tuple[Site, ...], data: Iterable[Any] | None
-) -> Mapping[str, Tensor] | None:
-    if not registry.implements(part.method, "calibrate"):
+def _calibrate(state: State, part: Part, sites: tuple[Site, ...], data: Iterable[Any] | None) -> Any:
+    """Return what the part's method measures of the bare model in evaluation mode; None if it does not."""
+    if not part.method.calibrates:
         return None
     if data is None:
         raise ConfigError(
@@ -163,11 +173,45 @@ def _calibrate(
             saw="data=None",
             do="pass inlay.attach(..., data=batches)",
         )
-    with torch.random.fork_rng(devices=[]):
-        answer: Mapping[str, Tensor] = registry.call(
-            "calibrate", part.method, model=model, sites=sites, batches=data
+    bare = use(state.model) if state.placed else nullcontext()
+    with torch.random.fork_rng(devices=[]), _evaluating(state.model), bare:
+        return registry.call("calibrate", part.method, model=state.model, sites=sites, batches=data)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode for a while; each module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class _Repeatable:
+    """What an iterator gives, to be gone through several times: by each part, or again by one."""
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self.source, self.seen = source, list[Any]()
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.seen
+        for batch in self.source:
+            self.seen.append(batch)
+            yield batch
+
+
+def _repeatable(data: Any) -> Iterable[Any] | None:
+    """Return the user's batches as something to go through more than once, or raise."""
+    if data is not None and not isinstance(data, Iterable):
+        raise ConfigError(
+            "data is nothing that gives batches",
+            saw=f"a {type(data).__name__}",
+            do="pass a list of batches, or a DataLoader",
         )
-    return answer
+    return _Repeatable(data) if isinstance(data, Iterator) else data
 
 
 def tied_names(model: nn.Module, sites: Iterable[Site]) -> list[str]:

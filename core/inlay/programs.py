@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.context import At, Slot
+from inlay.context import At, Slot, take_first
 from inlay.delta import Change, Delta, WeightDelta
-from inlay.sites import ModuleSite, Site
+from inlay.sites import ModuleSite, Site, SublayerSite
 from inlay.weights import Level, as_stored, holds_bias
 
 Base = Callable[..., Any]
@@ -23,16 +23,13 @@ Base = Callable[..., Any]
 
 @dataclass
 class Table:
-    """The compiled programs of one choice: `programs[i]` belongs to host i.
+    """The compiled programs of one choice: `programs[i]` belongs to port i.
 
-    `attention[i]` belongs to attention port i and `blocks[i]` to block port i. `prepares` are the
-    values to compute at the start of a call; `scoped` says whether a call must be opened at all,
-    `reads_call` whether a delta asks about it.
+    `prepares` are the values to compute at the start of a call; `scoped` says whether a call must be
+    opened at all, `reads_call` whether a delta asks about it.
     """
 
     programs: list[Any]
-    attention: list[Any]
-    blocks: list[Any]
     prepares: tuple[tuple[Hashable, Callable[[Any], Any]], ...] = ()
     scoped: bool = False
     reads_call: bool = False
@@ -70,20 +67,46 @@ class WeightMember(Member):
 
 
 class Program:
-    """The onion of one leaf module: input changes outside in, the base, output changes inside out."""
+    """What one module runs: the base, then changes of its output.
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    A layer's x is what it is called with; what a sublayer reads was kept in passing by another
+    module (`reads` is its key in `slot.taps`). Sublayers and blocks may give a tuple.
+    """
+
+    def __init__(self, slot: Slot, reads: str | None = None) -> None:
+        self.slot, self.reads = slot, reads
+
+    def __call__(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.outputs(take_first(args, kwargs)[0], base(*args, **kwargs))
+
+    def outputs(self, x: Tensor, output: Any) -> Any:
+        """Return the output changed."""
+        if self.reads is not None:
+            x = self.slot.taps[self.reads]
+        if not isinstance(output, tuple):
+            return self.changed(x, output)
+        return (self.changed(x, output[0]), *output[1:])
+
+    def changed(self, x: Tensor, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Onion(Program):
+    """Members around one module: input changes outside in, the base, output changes inside out."""
+
+    def __init__(self, members: Sequence[Member], slot: Slot, reads: str | None = None) -> None:
+        super().__init__(slot, reads)
         self.members = tuple(members)
         self.inputs = any(m.delta.face == "input" for m in members)
 
     def __call__(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.inputs:
+            return super().__call__(module, base, args, kwargs)
         x, args, kwargs = take_first(args, kwargs)
         return self.run(lambda inner: base(inner, *args, **kwargs), x)
 
     def run(self, base: Base, x: Tensor) -> Tensor:
-        """Return f(x) given f₀ = `base`."""
-        if not self.inputs:
-            return self.outputs(x, base(x))
+        """Return f(x) given f₀ = `base`, of a layer that gives a tensor."""
         seen: list[Tensor] = []
         for member in reversed(self.members):
             seen.append(x)
@@ -95,22 +118,21 @@ class Program:
                 y = member(x, y)
         return y
 
-    def outputs(self, x: Tensor, y: Tensor) -> Tensor:
-        """Apply the output changes to y; only for programs without input changes."""
+    def changed(self, x: Tensor, y: Tensor) -> Tensor:
         for member in self.members:
             y = member(x, y)
         return y
 
 
-class Overlay(Program):
+class Overlay(Onion):
     """A leaf run with changed tensors, for members that have no additive form there, then the onion.
 
     The module itself is not touched: a shadow object with its attributes and other parameters
     runs, so that threads with different adapters can share one model.
     """
 
-    def __init__(self, folded: Sequence[Member], above: Sequence[Member]) -> None:
-        super().__init__(above)
+    def __init__(self, folded: Sequence[Member], above: Sequence[Member], slot: Slot) -> None:
+        super().__init__(above, slot)
         self.levels: list[Level] = []
         for site in {m.at.site.name: m.at.site for m in folded}.values():
             assert isinstance(site, ModuleSite)
@@ -153,24 +175,6 @@ class Overlay(Program):
         return shadow, shift
 
 
-class OnOutput:
-    """Members on a module that gives a tensor or a tuple: sublayers and blocks."""
-
-    def __init__(self, members: Sequence[Member], site: Site, slot: Slot, *, own_input: bool) -> None:
-        self.members, self.site, self.slot, self.own_input = tuple(members), site, slot, own_input
-
-    def __call__(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output = base(*args, **kwargs)
-        x = take_first(args, kwargs)[0] if self.own_input else self.slot.taps[f"{self.site.name}/x"]
-        return self.on(x, output)
-
-    def on(self, x: Tensor, output: Any) -> Any:
-        y = output[0] if isinstance(output, tuple) else output
-        for member in self.members:
-            y = member(x, y)
-        return (y, *output[1:]) if isinstance(output, tuple) else y
-
-
 class Tapped:
     """Keep an argument of the module's call for a sublayer's deltas, then run what else is here."""
 
@@ -189,43 +193,26 @@ class Tapped:
         return self.inner(module, base, args, kwargs)
 
 
-class ByRows:
-    """What routed programs share: running a program on some rows, and saying so to its deltas."""
-
-    slot: Slot
-
-    def on_rows(self, rows: Tensor, run: Callable[..., Any], *args: Any) -> Any:
-        before = self.slot.rows
-        self.slot.rows = rows if before is None else before.index_select(0, rows)
-        try:
-            return run(*args)
-        finally:
-            self.slot.rows = before
-
-
-class Routed(ByRows):
-    """Rows of one batch under different programs of one leaf module.
+class Routed(Program):
+    """Rows of one batch under different programs of one module.
 
     Where every program only adds to the output, the base runs once for all rows; else it runs
     once per distinct program on that program's rows.
     """
 
-    def __init__(self, programs: Sequence[Program | None], slot: Slot, site: Site) -> None:
-        self.programs, self.slot, self.site = tuple(programs), slot, site
-        self.once = all(p is None or (type(p) is Program and not p.inputs) for p in programs)
+    def __init__(self, programs: Sequence[Onion | None], slot: Slot, site: Site) -> None:
+        super().__init__(slot, next((p.reads for p in programs if p is not None), None))
+        self.programs, self.site = tuple(programs), site
+        self.once = all(p is None or (type(p) is Onion and not p.inputs) for p in programs)
 
     def __call__(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not isinstance(self.site, ModuleSite):
+            return super().__call__(module, base, args, kwargs)
         x, args, kwargs = take_first(args, kwargs)
-        groups = row_groups(self.slot, self.site, self.programs, x)
+        x = for_each_row(self.slot, x)
         if self.once:
-            y = base(x, *args, **kwargs)
-            for program, rows in groups:
-                if program is not None:
-                    changed = self.on_rows(
-                        rows, program.outputs, x.index_select(0, rows), y.index_select(0, rows)
-                    )
-                    y = y.index_copy(0, rows, changed)
-            return y
+            return self.outputs(x, base(x, *args, **kwargs))
+        groups = row_groups(self.slot, self.site, self.programs, x)
         parts = [
             base(x.index_select(0, rows), *args, **kwargs)
             if program is None
@@ -234,31 +221,31 @@ class Routed(ByRows):
         ]
         return torch.cat(parts).index_select(0, torch.cat([rows for _, rows in groups]).argsort())
 
-
-class RoutedOnOutput(ByRows):
-    """Rows of one batch under different members of one sublayer or block."""
-
-    def __init__(
-        self, programs: Sequence[OnOutput | None], slot: Slot, site: Site, *, own_input: bool
-    ) -> None:
-        self.programs, self.slot, self.site, self.own_input = tuple(programs), slot, site, own_input
-
-    def __call__(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output = base(*args, **kwargs)
-        x = take_first(args, kwargs)[0] if self.own_input else self.slot.taps[f"{self.site.name}/x"]
-        return self.on(x, output)
-
-    def on(self, x: Tensor, output: Any) -> Any:
-        y = output[0] if isinstance(output, tuple) else output
+    def changed(self, x: Tensor, y: Tensor) -> Tensor:
         taps, name = self.slot.taps, f"{self.site.name}/residual"
         residual = taps.get(name)
         for program, rows in row_groups(self.slot, self.site, self.programs, x):
             if program is not None:
                 if residual is not None:
                     taps[name] = residual.index_select(0, rows)
-                changed = self.on_rows(rows, program.on, x.index_select(0, rows), y.index_select(0, rows))
-                y = y.index_copy(0, rows, changed)
-        return (y, *output[1:]) if isinstance(output, tuple) else y
+                part = self.on_rows(rows, program.changed, x.index_select(0, rows), y.index_select(0, rows))
+                y = y.index_copy(0, rows, part)
+        return y
+
+    def on_rows(self, rows: Tensor, run: Callable[..., Any], *args: Any) -> Any:
+        """Return `run(*args)`, its deltas told which rows they see."""
+        before = self.slot.rows
+        self.slot.rows = rows if before is None else before.index_select(0, rows)
+        try:
+            return run(*args)
+        finally:
+            self.slot.rows = before
+
+
+def for_each_row(slot: Slot, x: Tensor) -> Tensor:
+    """Return x with a row for each of the batch, where one stands for all (position ids are (1, T))."""
+    batch = None if slot.call is None or slot.rows is not None else slot.call.batch
+    return x if batch is None or x.shape[0] != 1 else x.expand(batch, *x.shape[1:])
 
 
 def row_groups(slot: Slot, site: Site, programs: Sequence[Any], x: Tensor) -> list[tuple[Any, Tensor]]:
@@ -278,22 +265,16 @@ def row_groups(slot: Slot, site: Site, programs: Sequence[Any], x: Tensor) -> li
     return groups
 
 
-def take_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Split a call into its first argument, positional or by name, and the rest."""
-    if args:
-        return args[0], args[1:], kwargs
-    name = next(iter(kwargs))
-    return kwargs[name], (), {k: v for k, v in kwargs.items() if k != name}
-
-
-def leaf_program(members: Sequence[Member]) -> Program | None:
-    """Return the program of a leaf module: an onion, with an overlay up to the last member that needs it."""
+def program_of(members: Sequence[Member], slot: Slot) -> Onion | None:
+    """Return the program of one module's members: an onion, with an overlay up to the last that needs it."""
     if not members:
         return None
     last = max((i for i, m in enumerate(members) if needs_overlay(m)), default=-1)
-    if last < 0:
-        return Program(members)
-    return Overlay(members[: last + 1], members[last + 1 :])
+    if last >= 0:
+        return Overlay(members[: last + 1], members[last + 1 :], slot)
+    site = members[0].at.site
+    kept = isinstance(site, SublayerSite) and site.x.module is not site.module
+    return Onion(members, slot, reads=f"{site.name}/x" if kept else None)
 
 
 def needs_overlay(member: Member) -> bool:

@@ -219,8 +219,12 @@ class Registry:
         marked = marked_in(kind)
         if wrong := miswritten(marked):
             raise self._rejected(kind, wrong)
-        if kind.prepares is True and "prepare" not in marked:
-            raise self._rejected(kind, "prepares is true, but there is no prepare hook")
+        for flag, hook in (("prepares", "prepare"), ("calibrates", "calibrate")):
+            declared = getattr(kind, flag)  # a property where settings decide
+            if declared is True and hook not in marked:
+                raise self._rejected(kind, f"{flag} is true, but there is no {hook} hook")
+            if declared is False and hook in marked:
+                raise self._rejected(kind, f"its {hook} hook would never be called: {flag} is not true")
         for name in HOOKS:
             own = inspect.getattr_static(kind, name, None)
             if own is not None and name not in marked:

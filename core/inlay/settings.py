@@ -1,4 +1,4 @@
-"""Settings of a method: declared with a range, checked by type, turned into plain data."""
+"""Settings of methods and strategies: declared with a range, checked by type, turned into plain data."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import math
 import sys
 import types
 import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 from inlay.errors import ConfigError, near, shown
 
@@ -26,6 +28,40 @@ def setting(
     """Declare a hyperparameter with its default and range (`least <= v <= most`, `above < v < below`)."""
     bounds = {"least": least, "most": most, "above": above, "below": below}
     return dataclasses.field(default=default, metadata={k: v for k, v in bounds.items() if v is not None})
+
+
+class Configured:
+    """Settings as data: checked when made, written as JSON types. Subclasses are frozen dataclasses."""
+
+    id: ClassVar[str]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for name in kwargs.keys() - names:
+            raise ConfigError(
+                f"{cls.__name__} has no setting {name!r}",
+                saw=f"{name}={shown(kwargs[name])}",
+                do=near(name, names),
+            )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = check_setting(type(self), field, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain data (JSON types; methods and strategies inside become dicts)."""
+        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy(Configured):
+    """A choice within a method's settings that has settings of its own, named by its `id`.
+
+    A setting annotated with a class of strategies takes every subclass of it that has an `id`. As
+    text it reads like a method, in files it is {"strategy": id, "settings": {...}}.
+    """
 
 
 def check_setting(owner: type, field: dataclasses.Field[Any], value: Any) -> Any:
@@ -74,15 +110,16 @@ def describe(hint: Any) -> str:
     """Return an annotation in words a user can act on."""
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(option) for option in get_args(hint))
+    if choices := strategies(hint):
+        return "one of " + ", ".join(f"{kind.__name__}(...)" for kind in choices.values())
     return str(hint).replace("typing.", "").replace("<class '", "").replace("'>", "")
 
 
 def plain(value: Any) -> Any:
-    """Return `value` as JSON types; a method inside becomes {"method": id, "settings": {...}}."""
-    from inlay.method import Method
-
-    if isinstance(value, Method):
-        return {"method": value.id, "settings": value.to_dict()}
+    """Return `value` as JSON types; what is configured inside becomes {"method": id, "settings": {...}}."""
+    if isinstance(value, Configured):
+        sort = "strategy" if isinstance(value, Strategy) else "method"
+        return {sort: value.id, "settings": value.to_dict()}
     if isinstance(value, tuple):
         return [plain(v) for v in value]
     if isinstance(value, dict):
@@ -91,7 +128,7 @@ def plain(value: Any) -> Any:
 
 
 def from_plain(owner: type, settings: dict[str, Any], build: Any) -> Any:
-    """Return `owner(**settings)`, building methods inside with `build(id, settings)`."""
+    """Return `owner(**settings)`, strategies inside built here, methods inside with `build(id, settings)`."""
     known = {f.name: f for f in dataclasses.fields(owner)}
     unknown = [name for name in settings if name not in known]
     if unknown:
@@ -107,24 +144,51 @@ def from_plain(owner: type, settings: dict[str, Any], build: Any) -> Any:
             saw=f"settings given: {', '.join(map(repr, settings)) or 'none'}",
             do=f"give {missing[0]}=...",
         )
-    return owner(**{name: _built(value, build) for name, value in settings.items()})
+    hints = _hints(owner)
+    places = {name: f"{owner.__name__}: {name}" for name in settings}
+    return owner(**{n: _built(value, places[n], hints[n], build) for n, value in settings.items()})
 
 
-def _built(value: Any, build: Any) -> Any:
-    if isinstance(value, dict) and is_method(value):
-        return build(value["method"], value["settings"])
-    if isinstance(value, dict):
-        return {k: _built(v, build) for k, v in value.items()}
+def _built(value: Any, place: str, hint: Any, build: Any) -> Any:
     if isinstance(value, list):
-        return tuple(_built(v, build) for v in value)
-    return value
+        return tuple(_built(v, place, hint, build) for v in value)
+    if not isinstance(value, dict):
+        return value
+    choices = strategies(hint)
+    sort = next((s for s in ("strategy", "method") if _is_named(value, s)), "")
+    if sort and choices:  # text does not say which of the two it names
+        if value[sort] not in choices:
+            raise ConfigError(
+                f"{place} has no strategy of that name", saw=shown(value[sort]), do=near(value[sort], choices)
+            )
+        return from_plain(choices[value[sort]], value["settings"], build)
+    if sort == "method":
+        return build(value["method"], value["settings"])
+    return {k: _built(v, place, hint, build) for k, v in value.items()}
+
+
+def strategies(hint: Any) -> dict[str, type[Strategy]]:
+    """Return the strategies that a setting of this annotation takes, by id."""
+    if isinstance(hint, type) and issubclass(hint, Strategy):
+        return {kind.id: kind for kind in _kinds(hint) if "id" in vars(kind)}
+    return {name: kind for argument in get_args(hint) for name, kind in strategies(argument).items()}
+
+
+def _kinds(kind: type[Strategy]) -> Iterator[type[Strategy]]:
+    yield kind
+    for inner in kind.__subclasses__():
+        yield from _kinds(inner)
 
 
 def is_method(value: dict[str, Any]) -> bool:
     """Return whether plain data stands for a method (see `plain`)."""
+    return _is_named(value, "method")
+
+
+def _is_named(value: dict[str, Any], sort: str) -> bool:
     return (
-        value.keys() == {"method", "settings"}
-        and isinstance(value["method"], str)
+        value.keys() == {sort, "settings"}
+        and isinstance(value[sort], str)
         and isinstance(value["settings"], dict)
     )
 

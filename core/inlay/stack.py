@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from inlay.adapter import Adapter
-from inlay.attention import AttentionPort
-from inlay.blocks import BlockPort
 from inlay.context import Call, Slot
 from inlay.errors import ConfigError, StateError, near, shown
 from inlay.hosts import Deltas
 from inlay.method import Method
+from inlay.ports import Port
 from inlay.registry import registry
 from inlay.sites import Site
 from inlay.weights import stored_state
@@ -120,18 +119,24 @@ def _parts(node: ast.expr, text: str) -> Iterator[Part]:
 def _method(node: ast.expr, text: str) -> Method:
     if isinstance(node, ast.Name):
         return registry.build(node.id, {})
+    named = _named(node, text)
+    return registry.build(named["method"], named["settings"])
+
+
+def _named(node: ast.expr, text: str) -> dict[str, Any]:
+    """Return a call with keyword settings as plain data; what it names is built where it is known."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
         names = [k.arg or "**" for k in node.keywords]
         if twice := [n for n in names if names.count(n) > 1]:
             raise _unreadable(text, f"{twice[0]} is given twice")
         settings = {name: _literal(k.value, text) for name, k in zip(names, node.keywords, strict=True)}
-        return registry.build(node.func.id, settings)
+        return {"method": node.func.id, "settings": settings}
     raise _unreadable(text, f"{ast.unparse(node)!r} is not a method with keyword settings")
 
 
 def _literal(node: ast.expr, text: str) -> Any:
     if isinstance(node, ast.Call):
-        return _method(node, text)
+        return _named(node, text)
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError) as error:
@@ -171,7 +176,7 @@ class Placed:
         from inlay.programs import Table
 
         if call is None:  # a part of the model is called by itself
-            call = Call(Table([], [], []), Slot())
+            call = Call(Table([]), Slot())
         return call.prepared[self.id] if self.id in call.prepared else self.prepare(call)
 
 
@@ -183,9 +188,7 @@ class State:
     slot: Slot = field(default_factory=Slot)
     placed: dict[int, Placed] = field(default_factory=dict)
     active: tuple[int, ...] = ()
-    hosts: list[tuple[str, nn.Module]] = field(default_factory=list)
-    attention_ports: list[AttentionPort] = field(default_factory=list)
-    block_ports: list[BlockPort] = field(default_factory=list)
+    ports: list[Port] = field(default_factory=list)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     checkpointed: list[nn.Module] = field(default_factory=list)
     merged_tensors: list[tuple[nn.Module, str, Tensor | None]] = field(default_factory=list)
@@ -254,12 +257,8 @@ class State:
             self.active = tuple(active)
         self._tables.clear()
         self._table = self.table_for((self.active,))
-        for (_, host), program in zip(self.hosts, self._table.programs, strict=True):
-            host._inlay_port.program = program  # type: ignore[union-attr]
-        for port, program in zip(self.attention_ports, self._table.attention, strict=True):
+        for port, program in zip(self.ports, self._table.programs, strict=True):
             port.program = program
-        for block, program in zip(self.block_ports, self._table.blocks, strict=True):
-            block.program = program
 
     def sites_of(self, module: nn.Module) -> list[tuple[Placed, Site, Any]]:
         """Return (part, site, delta) of everything placed on `module`, in stack order of attachment."""

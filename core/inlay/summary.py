@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from inlay.errors import CannotMerge
+from inlay.hosts import base_size
 from inlay.registry import registry
 from inlay.stack import Placed, state_of
 
@@ -59,9 +60,7 @@ def summary(model: nn.Module) -> Summary:
     state = state_of(model)
     placed = [] if state is None else list(state.placed.values())
     active = () if state is None else state.active
-    own = {id(p) for part in placed for _, p in part.adapter.named_parameters()}
-    base = sum(p.numel() for p in model.parameters() if id(p) not in own)
-    return Summary(tuple(_summary(p, p.id in active) for p in placed), base)
+    return Summary(tuple(_summary(p, p.id in active) for p in placed), base_size(model))
 
 
 def _summary(placed: Placed, active: bool) -> PartSummary:

@@ -6,6 +6,8 @@ import fnmatch
 import re
 from collections.abc import Iterable, Sequence
 
+from torch import nn
+
 from inlay.anatomy import ROLES, Anatomy
 from inlay.errors import TargetError, near, shown
 from inlay.method import Method
@@ -34,6 +36,12 @@ def resolve(anatomy: Anatomy, method: Method) -> tuple[Site, ...]:
         for site in _matches(anatomy, method, entry):
             found[site.name] = site
     return _in_model_order(anatomy, _in_layers(list(found.values()), method))
+
+
+def among(model: nn.Module, sites: Sequence[Site], method: Method) -> tuple[Site, ...]:
+    """Return those of `sites` that a method inside another goes to."""
+    names = {site.name for site in resolve(Anatomy(model), method)}
+    return tuple(site for site in sites if site.name in names)
 
 
 def _defaults(anatomy: Anatomy, method: Method) -> list[Site]:

@@ -275,3 +275,16 @@ def test_the_same_architecture_with_another_configuration_is_warned_about(tmp_pa
     other.config.rms_norm_eps = 1e-3  # type: ignore[union-attr, assignment]
     with pytest.warns(UserWarning, match="another base: config: "):
         inlay.load(other, tmp_path, "fr")
+
+
+def test_what_training_notes_in_a_classifiers_configuration_is_no_other_base(tmp_path: Path) -> None:
+    """Its forward sets `problem_type` at its first labels; a fresh base has none yet."""
+    model = build("bert")
+    inlay.attach(model, LoRA(rank=2), train=("head",))
+    model(input_ids=torch.ones(2, 3, dtype=torch.long), labels=torch.tensor([0, 1]))
+    assert model.config.problem_type == "single_label_classification"
+    inlay.save(model, tmp_path)
+    same = build("bert")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inlay.load(same, tmp_path)

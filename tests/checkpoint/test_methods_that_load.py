@@ -235,6 +235,8 @@ def test_settings_that_ask_for_more_than_the_file_holds_are_refused(
 
 def test_calibration_tensors_are_checked(spoilt: Callable[[type[Method]], Path]) -> None:
     class Measured(Base):
+        calibrates: ClassVar[bool] = True
+
         @staticmethod
         @hookimpl
         def calibrate(method: Any, model: Any, sites: Any, batches: Any) -> dict[str, Tensor]:

@@ -281,6 +281,7 @@ def test_hook_calibrate(tmp_path: Path) -> None:
     @dataclass(frozen=True, kw_only=True)
     class Seen(Tiny):
         id: ClassVar[str] = "seen"
+        calibrates: ClassVar[bool] = True
 
         @staticmethod
         @hookimpl

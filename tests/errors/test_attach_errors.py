@@ -309,6 +309,7 @@ def test_a_method_that_calibrates_needs_data() -> None:
     @dataclass(frozen=True)
     class Measures(LoRA):
         id: ClassVar[str] = "measures"
+        calibrates: ClassVar[bool] = True
 
         @staticmethod
         @hookimpl

@@ -155,7 +155,7 @@ def test_merging_writes_through_the_offload(when: str) -> None:
     inlay.merge(model)
     assert distance(logits(model, batch), unmerged) < 1e-5
     with torch.no_grad():
-        assert not any(h._inlay_port.program for _, h in model._inlay_state.hosts)
+        assert not any(port.program for port in model._inlay_state.ports)
     inlay.unmerge(model)
     assert distance(logits(model, batch), unmerged) < CLOSE
     inlay.detach(model)

@@ -9,8 +9,14 @@ from typing import Any
 
 import typer
 
+from inlay_train.commands.compare import compare
 from inlay_train.commands.demo import demo
+from inlay_train.commands.inspect import inspect
+from inlay_train.commands.merge import merge
 from inlay_train.commands.methods import methods
+from inlay_train.commands.plan import plan
+from inlay_train.commands.predict import predict
+from inlay_train.commands.train import train
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Adapt a large model by a very small part of it."
@@ -34,5 +40,5 @@ def telling_errors(command: Callable[..., None]) -> Callable[..., None]:
     return told
 
 
-for command in (demo, methods):
+for command in (methods, plan, train, predict, inspect, merge, compare, demo):
     app.command()(telling_errors(command))

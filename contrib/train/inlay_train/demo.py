@@ -1,28 +1,38 @@
-"""The demo: a stack of LoRA and prefix tuning learns real text, is saved, loaded, merged and checked."""
+"""The demo: several stacks learn real text side by side; the best is loaded, merged and checked."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import inlay
 from inlay import InlayError
-from inlay_train import data, encoder, learning
+from inlay_train import data, demo_run, encoder, learning
+from inlay_train.compare import charts, measure, page, table
+from inlay_train.compare.engine import Comparison, Result, compare
+from inlay_train.compare.progress import shown_on
+from inlay_train.compare.store import Outcome, Store
+from inlay_train.demo_run import NAME
 from inlay_train.encoder import Encoded, accuracy, logits
+from inlay_train.figures import peak_bytes
 
-NAME = "docstrings"
-STACK = 'lora(rank=8, alpha=16.0, targets=["linear"]) + p_tuning_v2(length=8)'
+HEAD = "head"
+LORA = 'lora(rank=8, alpha=16.0, targets=["linear"])'
+PREFIX, ADAPTER = "p_tuning_v2(length=8)", "serial_adapter"
+STACKS = (HEAD, LORA, PREFIX, ADAPTER, f"{LORA} + {ADAPTER}")
+AGAIN = ("lora", "p_tuning_v2", ADAPTER, "trained")  # of the installed: compared already, or the head
+RUNNER = "inlay_train.demo_run:run"
 ROUNDING = 1e-3  # of the effect: how far float32 folding may move the logits
 
 
@@ -30,13 +40,19 @@ ROUNDING = 1e-3  # of the effect: how far float32 folding may move the logits
 class Recipe:
     """What was chosen on a part of the training texts held out for that, never on the test texts."""
 
-    stack: str = STACK
-    epochs: int = 5
+    stacks: tuple[str, ...] = STACKS
+    steps: int = 100
     batch: int = 16
     decay: float = 3e-4  # of the head alone
     most: int = data.MOST  # docstrings of a package
     seed: int = 0
     validation: bool = False  # measure on a quarter of the training texts instead of the test texts
+    processes: int = field(default_factory=lambda: min(2, os.cpu_count() or 1))
+
+    @property
+    def threads(self) -> int:
+        """Threads of each process: the cores, shared out."""
+        return max(1, (os.cpu_count() or 1) // self.processes)
 
 
 @dataclass
@@ -47,12 +63,19 @@ class Report:
     held_out: int
     before: float
     head_only: float
+    best: str = ""
     after: float = 0.0
     trained_parameters: int = 0
     seconds: float = 0.0
     loaded_bit_identical: bool = False
     merged_parts: tuple[str, ...] = ()
     merged_difference: float = 0.0
+
+
+def every_stack() -> tuple[str, ...]:
+    """Return the demo's stacks, LoRA beside a prefix, and every other installed method as it comes."""
+    others = sorted(name for name, origin in inlay.methods().items() if origin.version and name not in AGAIN)
+    return (*STACKS, f"{LORA} + {PREFIX}", *others)
 
 
 def run(output: Path, recipe: Recipe | None = None, console: Console | None = None) -> Report:
@@ -64,35 +87,36 @@ def run(output: Path, recipe: Recipe | None = None, console: Console | None = No
     start = time.monotonic()
     make_folder(output)
     learn, held = texts(recipe, console)
-    model = encoder.load(recipe.seed)
-    report = baseline(model, learn, held, recipe, console)
-    attach_and_train(model, learn, recipe, console)
-    trained = logits(model, held)
-    report.after = accuracy(trained, held)
-    report.trained_parameters = inlay.summary(model).trainable
-    console.print(accuracies(report))
-    inlay.save(model, output / "adapter", overwrite=True)
-    fresh = load_into_fresh(output / "adapter", recipe, held, trained, report, console)
-    merge_and_check(fresh, held, trained, report, console)
+    report, comparison = baseline(output, learn, held, recipe, console)
+    result = compare_stacks(output, comparison, recipe, console)
+    best = next(row for row in table.ranked(result.rows) if row.stack != HEAD)
+    report.best, report.after, report.trained_parameters = best.stack, best.mean, best.parameters
+    console.print(f"\nOn with the best of them, {best.stack}", markup=False)
+    saved = Store(output / "runs").adapter(comparison.job(best.stack, recipe.seed, 1.0))
+    shutil.copytree(saved, output / "adapter")
+    with threads(recipe.threads):
+        trained = demo_run.saved_logits(saved)
+        fresh = load_into_fresh(output / "adapter", recipe, held, trained, report, console)
+        merge_and_check(fresh, held, trained, report, console)
     report.seconds = round(time.monotonic() - start, 1)
-    content = {"recipe": asdict(recipe), "report": asdict(report)}
+    content = {"recipe": asdict(recipe), "report": asdict(report), **table.data(result)}
     (output / "report.json").write_text(json.dumps(content, indent=1) + "\n")
     tell_where(output, report, console)
     return report
 
 
 def make_folder(output: Path) -> None:
-    """Make the output folder before anything takes time."""
+    """Make the output folder before anything takes time, without what an earlier demo left there."""
     if output.exists() and not output.is_dir():
         raise InlayError("the output is not a folder", saw=f"{output}", do="choose another --output")
     output.mkdir(parents=True, exist_ok=True)
+    for made in ("runs", "adapter"):
+        shutil.rmtree(output / made, ignore_errors=True)
 
 
 def texts(recipe: Recipe, console: Console) -> tuple[Encoded, Encoded]:
     """Return the docstrings to learn from and those held out, as tokens; show one of them."""
-    learn, held = data.split(data.docstrings(recipe.most))
-    if recipe.validation:
-        learn, held = data.split(learn)
+    learn, held = demo_run.samples(recipe.most, recipe.validation)
     console.rule("Which package of Python's standard library does a docstring come from?")
     console.print(
         f"{len(learn)} docstrings to learn from, {len(held)} held out, of {', '.join(data.PACKAGES)}"
@@ -103,11 +127,14 @@ def texts(recipe: Recipe, console: Console) -> tuple[Encoded, Encoded]:
     return encoder.encode(learn), encoder.encode(held)
 
 
-def baseline(model: nn.Module, learn: Encoded, held: Encoded, recipe: Recipe, console: Console) -> Report:
+def baseline(
+    output: Path, learn: Encoded, held: Encoded, recipe: Recipe, console: Console
+) -> tuple[Report, Comparison]:
     """Measure the model with its new head, and with the head fitted to its features, computed once.
 
-    The fitted head stays: the stack starts where a head alone ends (arXiv 2202.10054).
+    The fitted head is kept in a file: every stack starts where a head alone ends (arXiv 2202.10054).
     """
+    model, start = encoder.load(recipe.seed), time.perf_counter()
     size = sum(p.numel() for p in model.parameters())
     console.print(
         f"model: {encoder.PACKAGE}, {size / 1e6:.1f} M parameters; reading the texts with it, frozen …"
@@ -118,38 +145,64 @@ def baseline(model: nn.Module, learn: Encoded, held: Encoded, recipe: Recipe, co
 
     known, new = learn.through(features), held.through(features)
     head = learning.head_only(known, learn.labels, len(data.PACKAGES), recipe.decay)
+    seconds = time.perf_counter() - start
     with torch.no_grad():
         before, alone = accuracy(model.classifier(new), held), accuracy(head(new), held)  # type: ignore[operator]
-    model.classifier.load_state_dict(head.state_dict())  # type: ignore[union-attr]
-    return Report(len(learn), len(held), before=before, head_only=alone)
+    console.print(f"right before anything is learnt: {before:.1%}; with the head alone fitted: {alone:.1%}")
+    store = Store(output / "runs")
+    file = output / "runs" / "head.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in head.state_dict().items()}, file)
+    settings = {
+        "most": recipe.most, "validation": recipe.validation, "steps": recipe.steps, "batch": recipe.batch,
+        "decay": recipe.decay, "head": alone,
+    }  # fmt: skip
+    stacks = {stack: stack for stack in recipe.stacks}
+    comparison = Comparison(
+        stacks, RUNNER, settings, rates=(1.0,), seeds=1, paths={"head": str(file.absolute())}
+    )
+    parameters = sum(p.numel() for p in head.parameters())
+    store.put(comparison.job(HEAD, 0, 1.0), Outcome(
+        metric="accuracy", value=alone, higher_is_better=True, parameters=parameters, base_parameters=size,
+        file_bytes=file.stat().st_size, step_seconds=0.0, seconds=seconds, peak_bytes=peak_bytes(),
+        merges="yes", steps=0,
+    ))  # fmt: skip
+    return Report(len(learn), len(held), before=before, head_only=alone), comparison
 
 
-def attach_and_train(model: nn.Module, learn: Encoded, recipe: Recipe, console: Console) -> None:
-    """Attach the stack with a trained head and let it learn, with a progress bar."""
-    console.print(f'\ninlay.attach(model, {recipe.stack!r}, train=("head",))', markup=False)
-    plan = inlay.attach(model, recipe.stack, NAME, train=("head",), seed=recipe.seed)
-    console.print(str(plan), markup=False)
-    with progress(recipe.epochs * learning.steps_per_epoch(learn, recipe.batch), console) as step:
-        learning.train(model, learn, epochs=recipe.epochs, batch=recipe.batch, seed=recipe.seed, step=step)
+def compare_stacks(output: Path, comparison: Comparison, recipe: Recipe, console: Console) -> Result:
+    """Train every stack, each in a process of its own, and show how they compare."""
+    console.print(
+        f'\nEach stack: inlay.attach(model, stack, train=("head",)), then {recipe.steps} steps of '
+        f"{recipe.batch} texts on from the fitted head, every part at its method's own rate",
+        markup=False,
+    )
+    with shown_on(console) as (done, phase):
+        result = compare(
+            comparison, output / "runs", processes=recipe.processes, threads=recipe.threads,
+            done=done, phase=phase,
+        )  # fmt: skip
+    title = "Which package? Stacks compared on Python's docstrings"
+    machine = table.machine(recipe.threads, recipe.processes)
+    console.print(table.terminal(result, title))
+    pictures = charts.draw(table.ranked(result.rows), machine)
+    charts.save(pictures, output)
+    about = (
+        f"{encoder.PACKAGE}, seed {recipe.seed}: {recipe.steps} steps of {recipe.batch} texts for each stack, on "
+        f'from the head fitted alone to the frozen model, which is "{HEAD}".'
+    )
+    page.save(page.page(result, pictures, title=title, about=about, machine=machine), output)
+    return result
 
 
 @contextmanager
-def progress(total: int, console: Console) -> Iterator[Any]:
-    """Show a bar of `total` steps; yields the function to call with each step's loss."""
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
-               TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("training", total=total, loss="")
-        yield lambda loss: bar.update(task, advance=1, loss=f"loss {loss:.3f}")
-
-
-def accuracies(report: Report) -> Table:
-    """Return the table of what was right before and after, beside the head alone."""
-    table = Table("", "right", title=f"Accuracy on {report.held_out} held-out docstrings")
-    table.add_row("before: the model, its head new", f"{report.before:.1%}")
-    table.add_row("head only: the frozen model, its head fitted", f"{report.head_only:.1%}")
-    table.add_row("after: the stack, on from that head", f"{report.after:.1%}", style="bold")
-    return table
+def threads(count: int) -> Iterator[None]:
+    """Compute with `count` threads, as the runs did: another number rounds differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def load_into_fresh(
@@ -179,7 +232,7 @@ def merge_and_check(
     same = same_predictions(merged, trained)
     if report.merged_difference > ROUNDING:
         raise different("the merged model", same, merged, trained)
-    left = ", ".join(p.path for p in inlay.summary(model).parts)
+    left = ", ".join(p.path for p in inlay.summary(model).parts) or "nothing"
     console.print(f"merged: {same}, logits differ by {report.merged_difference:.0e}; still attached: {left}")
 
 
@@ -198,7 +251,10 @@ def different(which: str, same: str, now: Tensor, then: Tensor) -> InlayError:
 def tell_where(output: Path, report: Report, console: Console) -> None:
     """Say what is where, and how to use it."""
     folder = output / "adapter"
-    size = sum(f.stat().st_size for f in folder.iterdir()) / 1e6
+    size = table.size(measure.file_bytes(folder))
     console.rule(f"done in {report.seconds:.0f} s")
-    console.print(f"{folder}  the adapter, {size:.1f} MB: inlay.load(model, {str(folder)!r})")
-    console.print(f"{output / 'report.json'}  these figures")
+    console.print(f"{folder}  the best stack, {size}: inlay.load(model, {str(folder)!r})")
+    console.print(
+        f"{output / 'comparison.html'}  the comparison, to look at in a browser; its pictures beside it"
+    )
+    console.print(f"{output / 'report.json'}  all figures")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import chain
+from collections.abc import Callable, Iterator
+from itertools import count, islice
 
 import torch
 from torch import Tensor, nn
@@ -19,25 +19,26 @@ def train(
     model: nn.Module,
     texts: Encoded,
     *,
-    epochs: int,
+    steps: int,
     batch: int,
     seed: int,
+    rate: float = 1.0,
     step: Callable[[float], None] = lambda loss: None,
 ) -> None:
-    """Train what is attached to `model`, each part at its method's own rate; call `step(loss)` after each.
+    """Train what is attached to `model`, each part at `rate` times its method's own learning rate.
 
-    The rates rise over the first tenth of the steps and then fall to zero, both linearly.
+    The rates rise over the first tenth of the steps and then fall to zero, both linearly. `step(loss)` is
+    called after each step, and may evaluate the model.
     """
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(inlay.parameter_groups(model))
-    total = epochs * steps_per_epoch(texts, batch)
+    groups = inlay.parameter_groups(model)
+    optimizer = torch.optim.AdamW([{**group, "lr": rate * group["lr"]} for group in groups])
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: min((done + 1) / (WARM_UP * total + 1), 1 - done / total)
+        optimizer, lambda done: min((done + 1) / (WARM_UP * steps + 1), 1 - done / steps)
     )
-    model.train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the base's dropout
-        for indices in chain.from_iterable(texts.epoch(batch, generator) for _ in range(epochs)):
+        for indices in islice(shuffled(texts, batch, seed), steps):
+            model.train()
             loss = cross_entropy(model(**texts.batch(indices)).logits, texts.labels[indices])
             loss = loss + inlay.auxiliary_loss(model)
             optimizer.zero_grad()
@@ -49,8 +50,11 @@ def train(
     model.eval()
 
 
-def steps_per_epoch(texts: Encoded, batch: int) -> int:
-    return -(-len(texts) // batch)
+def shuffled(texts: Encoded, batch: int, seed: int) -> Iterator[list[int]]:
+    """Yield batches of indices without end, epoch by epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in count():
+        yield from texts.epoch(batch, generator)
 
 
 def head_only(features: Tensor, labels: Tensor, classes: int, decay: float) -> nn.Linear:

@@ -10,22 +10,6 @@ from typer.testing import CliRunner
 
 from inlay_train.cli import app
 
-LISTING = """
-import sys
-from typer.testing import CliRunner
-from inlay_train.cli import app
-print(CliRunner().invoke(app, ["methods"]).output)
-print("heavy:", [m for m in ("torch", "inlay", "transformers") if m in sys.modules])
-"""
-
-
-def test_methods_are_listed_from_metadata_alone() -> None:
-    done = subprocess.run([sys.executable, "-c", LISTING], capture_output=True, text=True, check=True)
-    rows = [line.split() for line in done.stdout.splitlines()]
-    assert ["lora", "inlay-lora", "0.1.0"] in rows
-    assert ["p_tuning_v2", "inlay-prefix", "0.1.0"] in rows
-    assert "heavy: []" in done.stdout
-
 
 def test_the_module_is_the_command() -> None:
     done = subprocess.run(

@@ -13,11 +13,11 @@ from torch.nn.functional import cross_entropy
 import inlay
 from inlay import InlayError
 from inlay_train import data, demo, encoder
-from inlay_train.demo import NAME, Recipe, Report
+from inlay_train.demo import HEAD, LORA, NAME, PREFIX, Recipe, Report
 from inlay_train.encoder import Encoded, logits
 from inlay_train.learning import head_only
 
-SHORT = Recipe(epochs=1, most=8)
+SHORT = Recipe(stacks=(HEAD, LORA, PREFIX), steps=3, most=8, processes=2)
 pytestmark = pytest.mark.xdist_group("demo")  # one process runs the demo for all of them
 
 
@@ -39,35 +39,45 @@ def test_the_story_is_told(told: tuple[Report, str, Path]) -> None:
     for line in (
         "48 docstrings to learn from, 16 held out",
         "22.7 M parameters",
-        "lora: lora on 36 sites",
-        "p_tuning_v2: p_tuning_v2 on 6 sites (6 attention)",
-        "trained: trained on 1 sites (1 head)",
-        "3/3",
-        f"before: the model, its head new              │ {report.before:.1%}",
-        f"head only: the frozen model, its head fitted │ {report.head_only:.1%}",
-        f"after: the stack, on from that head          │ {report.after:.1%}",
+        f"right before anything is learnt: {report.before:.1%}",
+        "then 3 steps of 16 texts on from the fitted head",
+        f"head, seed 0: accuracy {100 * report.head_only:.1f}",
+        f"{PREFIX}, seed 0: accuracy",
+        "accuracy in %, 1 seed",
+        f"On with the best of them, {report.best}",
         "16 of 16 predictions identical, logits equal bit for bit",
-        "merged docstrings/lora, docstrings/trained at 37 sites",
-        "still attached: docstrings/p_tuning_v2",
-        f"{folder / 'report.json'}  these figures",
+        f"merged {', '.join(report.merged_parts)} at",
+        f"{folder / 'report.json'}  all figures",
     ):
         assert line in story, line
+    assert report.best in (LORA, PREFIX)
 
 
 def test_the_checks_were_made(told: tuple[Report, str, Path]) -> None:
-    report, _, _ = told
+    report, story, _ = told
     assert report.loaded_bit_identical
-    assert report.merged_parts == ("docstrings/lora", "docstrings/trained")
-    assert 0 < report.merged_difference < 1e-5
+    merged = ("docstrings/lora", "docstrings/trained")
+    assert report.merged_parts == (merged if report.best == LORA else merged[1:])
+    assert 0 <= report.merged_difference < 1e-5
+    left = "nothing" if report.best == LORA else "docstrings/p_tuning_v2"
+    assert f"still attached: {left}" in story
 
 
 def test_the_files_say_the_same(told: tuple[Report, str, Path]) -> None:
     report, _, folder = told
     content = json.loads((folder / "report.json").read_text())
-    assert content["report"]["after"] == report.after
-    assert content["recipe"]["epochs"] == SHORT.epochs
-    assert {p["method"] for p in json.loads((folder / "adapter" / "inlay.json").read_text())["parts"]} == {
-        "lora", "p_tuning_v2", "trained",
+    rows = {row["stack"]: row for row in content["rows"]}
+    assert content["report"]["after"] == report.after == rows[report.best]["mean"]
+    assert content["recipe"]["steps"] == SHORT.steps
+    assert rows.keys() == set(SHORT.stacks)
+    assert rows[HEAD]["mean"] == report.head_only
+    assert rows[HEAD]["rate"] is None
+    assert rows[LORA]["parameters"] == 331_776 + 8 * 384 + 8
+    assert rows[LORA]["merges"] == "yes"
+    assert rows[PREFIX]["merges"] == "no"
+    assert len(rows[PREFIX]["losses"]) == SHORT.steps
+    assert {f.name for f in folder.iterdir()} == {
+        "adapter", "comparison.html", "curves.png", "report.json", "runs", "share.png", "time.png",
     }  # fmt: skip
 
 
@@ -81,14 +91,22 @@ def test_the_saved_adapter_does_what_was_reported(told: tuple[Report, str, Path]
     assert (adapted - bare).norm() > 0.1 * bare.norm()
 
 
-def test_another_run_gives_the_same_to_the_bit(told: tuple[Report, str, Path], tmp_path: Path) -> None:
+def test_another_run_in_the_same_folder_gives_the_same_to_the_bit(told: tuple[Report, str, Path]) -> None:
     report, _, folder = told
-    again = demo.run(tmp_path, SHORT, Console(quiet=True))
+    before = {f.name for f in (folder / "adapter").iterdir()}
+    again = demo.run(folder, SHORT, Console(quiet=True))
     again.seconds = report.seconds
     assert again == report
-    assert {f.name for f in (tmp_path / "adapter").iterdir()} == {
-        f.name for f in (folder / "adapter").iterdir()
-    }
+    assert {f.name for f in (folder / "adapter").iterdir()} == before
+
+
+def test_all_are_every_installed_method_and_lora_beside_a_prefix() -> None:
+    stacks = demo.every_stack()
+    assert stacks[: len(demo.STACKS)] == demo.STACKS
+    assert f"{LORA} + {PREFIX}" in stacks
+    installed = {name for name, origin in inlay.methods().items() if origin.version}
+    assert {name for name in installed if any(name in stack for stack in stacks)} == installed - {"trained"}
+    assert len(set(stacks)) == len(stacks)
 
 
 def test_a_difference_after_loading_or_merging_is_an_error(

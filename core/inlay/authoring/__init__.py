@@ -1,6 +1,7 @@
 """What a method's author imports: the base, the faces, settings, and parts that several methods share."""
 
 from inlay.adapter import Adapter, Init
+from inlay.authoring.batches import calls, gradients, own_loss, rows
 from inlay.authoring.composite import Composite
 from inlay.authoring.trained import OwnValues, Shift, Trained
 from inlay.context import At, Call
@@ -22,7 +23,7 @@ from inlay.errors import CannotMerge, ConfigError, RoutingError, TargetError
 from inlay.hookspecs import hookimpl
 from inlay.method import Method
 from inlay.registry import registry
-from inlay.settings import setting
+from inlay.settings import Strategy, setting
 from inlay.sites import AttentionSite, BlockSite, ModuleSite, SequenceSite, Site, SublayerSite
 from inlay.training import Group, Stage
 
@@ -32,6 +33,6 @@ __all__ = [
     "Adapter", "At", "AttentionDelta", "AttentionSite", "BlockSite", "Call", "CannotMerge", "Change",
     "Compact", "Composite", "ConfigError", "Delta", "Factored", "Group", "Init", "InputDelta", "KeyValues",
     "Method", "ModuleSite", "OutputDelta", "OwnValues", "Ref", "RoutingError", "SequenceDelta",
-    "SequenceSite", "Shift", "Site", "Stage", "SublayerSite", "TargetError", "Trained", "WeightDelta",
-    "Weights", "hookimpl", "register", "setting",
+    "SequenceSite", "Shift", "Site", "Stage", "Strategy", "SublayerSite", "TargetError", "Trained",
+    "WeightDelta", "Weights", "calls", "gradients", "hookimpl", "own_loss", "register", "rows", "setting",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,10 @@ from inlay.delta import Delta
 from inlay.hookspecs import hookimpl
 from inlay.method import Method
 from inlay.registry import registry
+from inlay.targets import among
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from inlay.adapter import Adapter, Init
     from inlay.context import Call
@@ -29,7 +30,7 @@ class Composite(Method):
     none) and places it; `combine` gets the children's deltas at a site and returns the one delta
     that stands there. It calls theirs by their face, and says which child is meant:
     `child(x, y, at.part(name))` gives Δy, an attention child's `child(at.part(name))` `KeyValues`.
-    What the children train, prepare, add to the loss and do between stages stays theirs.
+    What the children measure, train, prepare, add to the loss and do between stages stays theirs.
     """
 
     def parts(self) -> Mapping[str, Method]:
@@ -49,12 +50,29 @@ class Composite(Method):
         return any(part.prepares for part in self.parts().values())
 
     @property
+    def calibrates(self) -> bool:  # type: ignore[override]
+        return any(part.calibrates for part in self.parts().values())
+
+    @property
     def starts_as_identity(self) -> bool:  # type: ignore[override]
         return all(part.starts_as_identity for part in self.parts().values())
 
     @property
     def reads_call(self) -> bool:  # type: ignore[override]
         return any(part.reads_call for part in self.parts().values())
+
+    @staticmethod
+    @hookimpl
+    def calibrate(
+        method: Composite, model: nn.Module, sites: Sequence[Site], batches: Iterable[Any]
+    ) -> dict[str, Tensor]:
+        measured: dict[str, Tensor] = {}
+        for name, part in method.inside().items():
+            if part.calibrates:
+                own = among(model, sites, part)
+                found = registry.call("calibrate", part, model=model, sites=own, batches=batches)
+                measured.update({f"{name}/{key}": tensor for key, tensor in found.items()})
+        return measured
 
     @staticmethod
     @hookimpl

@@ -88,6 +88,8 @@ class Case:
         return Stack(tuple(Part(m.name, m.method) for m in self.members))
 
     def attach(self, model: nn.Module, name: str = NAME, *, seed: int | None = None, **options: Any) -> Any:
+        if any(m.method.calibrates for m in self.members):
+            options["data"] = [batch_for(model, seed=n, labels=True) for n in range(2)]
         return inlay.attach(model, self.stack, name, seed=self.seed if seed is None else seed, **options)
 
     def attached(self) -> nn.Module:

@@ -123,9 +123,13 @@ def backward(model: nn.Module, seed: int = 0) -> None:
     model.eval()
 
 
-def train(model: nn.Module, kind: str = "AdamW", *, whole: bool = False, steps: int = 3) -> None:
+def train(
+    model: nn.Module, kind: str = "AdamW", *, whole: bool = False, steps: int = 3, lr: float | None = None
+) -> None:
     """Take a few optimizer steps; with `whole`, the optimizer is given every parameter of the model."""
-    optimizer = OPTIMIZERS[kind](list(model.parameters()) if whole else inlay.parameter_groups(model))
+    optimizer = OPTIMIZERS[kind](list(model.parameters()) if whole else inlay.parameter_groups(model, lr))
+    for group in optimizer.param_groups if lr is not None else ():
+        group["lr"] = lr
     for step in range(steps):
         optimizer.zero_grad()
         backward(model, seed=step)

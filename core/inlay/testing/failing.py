@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -49,11 +49,20 @@ class Failing(Method):
     def optional_targets(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(self.inner.optional_targets)
 
+    @property
+    def calibrates(self) -> bool:  # type: ignore[override]
+        return bool(self.inner.calibrates)
+
     def parts(self) -> Mapping[str, Method]:
         return dict(self.inner.parts())
 
     def suits(self, site: Site) -> bool:
         return bool(self.inner.suits(site))
+
+    @staticmethod
+    @hookimpl
+    def calibrate(method: Failing, model: nn.Module, sites: Sequence[Site], batches: Iterable[Any]) -> Any:
+        return type(method.inner).calibrate(method.inner, model, sites, batches)
 
     @staticmethod
     @hookimpl

@@ -67,8 +67,8 @@ def facts(model: nn.Module | None) -> Any:
     if state is None:
         return None
     parts = [(p.id, p.path, p.method, p.trainable, p.merged) for p in state.placed.values()]
-    hosts = [(name, id(module)) for name, module in state.hosts]
-    return parts, state.active, state.next_id, hosts, len(state.merged_tensors), len(state.attention_ports)
+    ports = [(type(port), port.name, id(port.module)) for port in state.ports]
+    return parts, state.active, state.next_id, ports, len(state.merged_tensors)
 
 
 def listing(folder: str | os.PathLike[str] | None) -> dict[str, Any]:

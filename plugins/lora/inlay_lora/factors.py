@@ -3,29 +3,71 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from inlay.authoring import Init, Method, OutputDelta, Site, setting
+from inlay.authoring import Adapter, Init, Method, OutputDelta, Site, hookimpl, setting
+from inlay_lora.start import DOWN, Start
 
 
 @dataclass(frozen=True)
 class LowRankMethod(Method):
-    """Settings of s·B A: A (rank, in), B (out, rank), s = alpha / rank, or alpha / √rank ("rsqrt")."""
+    """Settings of s·B A: A (rank, in), B (out, rank), s = alpha / rank, or alpha / √rank ("rsqrt").
+
+    A starts at random as `init` says, or where `start` finds that it should.
+    """
 
     rank: int = setting(8, least=1)
     alpha: float = setting(8.0, above=0)
     dropout: float = setting(0.0, least=0, below=1)
     scaling: Literal["standard", "rsqrt"] = setting("standard")
     init: Literal["kaiming", "gaussian"] = setting("kaiming")
+    start: Start | None = setting(None)
+
+    @property
+    def calibrates(self) -> bool:  # type: ignore[override]
+        return self.start is not None
 
     @property
     def scale(self) -> float:
         """The factor s in front of B A."""
         return self.alpha / (self.rank if self.scaling == "standard" else math.sqrt(self.rank))
+
+    def of_rank(self, rank: int) -> Self:
+        """Return this method with another rank and the same s."""
+        grown = rank / self.rank
+        return replace(
+            self, rank=rank, alpha=self.alpha * (grown if self.scaling == "standard" else grown**0.5)
+        )
+
+    @staticmethod
+    @hookimpl
+    def calibrate(
+        method: LowRankMethod, model: nn.Module, sites: Sequence[Site], batches: Iterable[Any]
+    ) -> Mapping[str, Tensor]:
+        assert method.start is not None
+        return method.start.measure(method.rank, model, sites, batches)
+
+    @staticmethod
+    @hookimpl
+    def inject(method: LowRankMethod, sites: Sequence[Site], adapter: Adapter) -> int:  # type: ignore[override]
+        ranks = {} if method.start is None else adapter.data.setdefault("ranks", {})
+        for site in sites:
+            start = adapter.calibration.pop(f"{site.name}{DOWN}", None)  # a start is not saved: it learns
+            if start is not None:
+                ranks[site.name] = len(start)
+            if rank := ranks.get(site.name, method.rank):
+                own = method if rank == method.rank else method.of_rank(rank)
+                delta = adapter.place(site, own.delta(site, adapter.init(site)))
+                if start is not None:
+                    with torch.no_grad():
+                        delta.down.copy_(start)
+        return len(sites)
 
 
 class LowRank(OutputDelta):

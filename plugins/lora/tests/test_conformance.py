@@ -1,4 +1,4 @@
-"""LoRA and DoRA keep the rules of docs/conformance.md."""
+"""LoRA and DoRA, at random starts and at EVA's, keep the rules of docs/conformance.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from inlay.authoring import Site
 from inlay.testing import MethodConformance
-from inlay_lora import DoRA, LoRA
+from inlay_lora import EVA, DoRA, LoRA
 
 SETTINGS = {
     "rank": st.integers(1, 4),
@@ -40,6 +40,18 @@ class TestLoRAOnEmbeddings(TestLoRA):
         return family != "gpt2"  # its table is tied to the head
 
 
+STARTS = st.builds(
+    EVA, rho=st.sampled_from([1.0, 2.0]), tau=st.sampled_from([0.9, 0.99]), whiten=st.booleans()
+)
+
+
+class TestLoRAFromEVA(TestLoRA):
+    """Σ r_l = L·r: on layers of one size, as many parameters as without it, and as a dry run says."""
+
+    configurations = st.builds(LoRA, **SETTINGS, start=STARTS)
+    targets = (("query",), ("up",))
+
+
 class TestDoRA(MethodConformance):
     method = DoRA
     configurations = st.builds(DoRA, **SETTINGS)
@@ -50,3 +62,8 @@ class TestDoRA(MethodConformance):
     @staticmethod
     def parameters(method: DoRA, sites: Sequence[Site]) -> int:
         return sum(method.rank * (s.in_features + s.out_features) + s.out_features for s in sites)
+
+
+class TestDoRAFromEVA(TestDoRA):
+    configurations = st.builds(DoRA, **SETTINGS, start=STARTS)
+    targets = (("query",), ("up",))

@@ -1,4 +1,4 @@
-"""BitFit and LN tuning keep the rules of docs/conformance.md."""
+"""BitFit, LN tuning and FishMask keep the rules of docs/conformance.md."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from hypothesis import strategies as st
 
 from inlay.authoring import ModuleSite
+from inlay.authoring.sparse import distinct, places
 from inlay.testing import MethodConformance
-from inlay_selective import BitFit, LNTuning
+from inlay_selective import BitFit, FishMask, LNTuning
 
 
 class TestBitFit(MethodConformance):
@@ -35,3 +36,28 @@ class TestLNTuning(MethodConformance):
     @staticmethod
     def parameters(method: LNTuning, sites: Sequence[ModuleSite]) -> int:
         return sum(s.out_features * (1 + (s.has_bias and "bias" in method.terms)) for s in sites)
+
+
+class TestFishMask(MethodConformance):
+    method = FishMask
+    configurations = st.builds(
+        FishMask,
+        density=st.sampled_from([0.05, 0.3]),
+        samples=st.integers(1, 8),
+        fisher=st.just("label"),
+    )
+    replaces = True  # a new head
+
+    @staticmethod
+    def parameters(method: FishMask, sites: Sequence[ModuleSite]) -> int:
+        return int(method.density * sum(place.size for place in distinct(places(sites))))
+
+    @staticmethod
+    def merges(method: FishMask, family: str) -> bool:
+        return family not in ("gpt2", "t5") or method.layers is not None  # their tables are tied
+
+
+class TestFishMaskInBlocks(TestFishMask):
+    targets = (("linear", "norm"), ("query", "value"), ("ffn",))
+    replaces = False
+    merges = True

@@ -1,18 +1,16 @@
-"""`inlay methods`."""
+"""`inlay methods`. Without other options than `--json`, `__main__` answers it before typer is imported."""
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from typing import Annotated
+
+import typer
+
+from inlay_train.known import listing
 
 
-def methods() -> None:
-    """List the installed methods, from package metadata alone."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("method", "package", "version", box=None)
-    for entry in sorted(entry_points(group="inlay.methods")):
-        table.add_row(
-            entry.name, entry.dist.name if entry.dist else "", entry.dist.version if entry.dist else ""
-        )
-    Console().print(table)
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the methods that are installed, and what would install the others."""
+    typer.echo(listing(as_json=as_json))

@@ -1,0 +1,236 @@
+"""A run from its configuration to its figures: load, attach, train, measure, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import EvalPrediction
+
+import inlay
+from inlay_train import figures, loading
+from inlay_train.config import RunConfig
+from inlay_train.figures import Result
+from inlay_train.folder import RESULT, TASK, Folder, write
+from inlay_train.prepare import Prepared, longest, prepare
+from inlay_train.tasks import Examples
+from inlay_train.trainer import Trainer
+from inlay_train.watch import Watch
+
+ADAPTER = "default"
+FULL_RATE = 5e-5  # of training everything
+POINTS = 500  # of the learning curve, at most
+
+
+def train(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    prepared: Prepared | None = None,
+) -> Result:
+    """Carry out a run and return its figures, which its output folder holds too.
+
+    With `resume`, go on from the last checkpoint in the folder; a run that is finished is only read.
+    Raises `InlayError` for whatever is wrong, before a weight is loaded where that can be known, and
+    `Stopped` when asked to stop (Ctrl-C).
+    """
+    console = console or Console(quiet=True)
+    prepared = prepared or prepare(config)
+    folder = Folder(config.output.resolve())
+    with folder.claimed():
+        resuming = folder.begin(prepared, resume=resume)
+        if resuming and (done := finished(folder)):
+            console.print("this run is finished already")
+            return done
+        return Run(prepared, folder, console).train(resuming)
+
+
+def finished(folder: Folder) -> Result | None:
+    """Return the figures of a finished run, or None."""
+    file = folder.path / RESULT
+    if not file.is_file():
+        return None
+    known = {field.name for field in dataclasses.fields(Result)}
+    return Result(**{name: value for name, value in json.loads(file.read_bytes()).items() if name in known})
+
+
+class Run:
+    """A run at work."""
+
+    def __init__(self, prepared: Prepared, folder: Folder, console: Console) -> None:
+        self.prepared, self.config, self.task = prepared, prepared.config, prepared.task
+        self.folder, self.console = folder, console
+        self.tokenizer = loading.tokenizer(prepared.folder)
+        self.longest = longest(self.config, prepared.model_config, self.tokenizer)
+        self.learn, self.held = self._encoded(prepared.learn), self._encoded(prepared.held)
+        self.truncated = self._tell_truncated()
+        self.watch = Watch(console, self.task.metric)
+
+    def train(self, resuming: bool) -> Result:
+        """Train to the end and leave the results in the folder."""
+        model = self._model()
+        self._attach(model)
+        trainer = self._trainer(model)
+        self._tell(model)
+        checkpoint = trainer.last_checkpoint() if resuming else None
+        if resuming:
+            self.console.print(
+                f"resuming from {checkpoint.name}" if checkpoint else "no checkpoint yet: from the start"
+            )
+        with self.watch.watching():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        result = self._measure(trainer)
+        self._leave(trainer, result)
+        return result
+
+    # -- data ----------------------------------------------------------------------------------------
+
+    def _encoded(self, table: Any) -> Examples:
+        return self.task.encode(table, self.tokenizer, self.longest)
+
+    def _tell_truncated(self) -> float:
+        count, cut = len(self.learn) + len(self.held), self.learn.truncated + self.held.truncated
+        if cut:
+            self.console.print(
+                f"{cut:,} of {count:,} texts ({cut / count:.1%}) are cut: longer than {self.longest} tokens"
+            )
+        return cut / count
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows to learn from in batches, once, for methods that calibrate."""
+        collate = self.task.collator(self.tokenizer)
+        for start in range(0, len(self.learn), self.config.batch):
+            yield dict(collate(self.learn.rows[start : start + self.config.batch]))
+
+    # -- model ---------------------------------------------------------------------------------------
+
+    def _model(self) -> nn.Module:
+        prepared, config = self.prepared, self.config
+        return loading.model(
+            prepared.folder, prepared.kind, seed=config.seed, settings=self.task.config(self.tokenizer),
+            dtype=config.dtype, bits=config.bits, heads=prepared.heads,
+        )  # fmt: skip
+
+    def _attach(self, model: nn.Module) -> None:
+        if self.prepared.stack is not None:
+            with torch.random.fork_rng(devices=[]):
+                inlay.attach(
+                    model, self.prepared.stack, ADAPTER, train=self.prepared.train, seed=self.config.seed,
+                    data=self._batches(),
+                )  # fmt: skip
+
+    def _tell(self, model: nn.Module) -> None:
+        self.console.print(
+            f"{len(self.learn):,} rows to learn from, {len(self.held):,} to evaluate on; "
+            f"{parameters(model):,} parameters learn"
+        )
+
+    # -- training ------------------------------------------------------------------------------------
+
+    def _trainer(self, model: nn.Module) -> Trainer:
+        adapted = self.prepared.stack is not None
+        trainer = Trainer(
+            model, self._arguments(), adapter=ADAPTER if adapted else None,
+            lr=self.config.lr, rate=self.config.rate,
+            train_dataset=self.learn, eval_dataset=self.held, processing_class=self.tokenizer,
+            data_collator=self.task.collator(self.tokenizer), callbacks=[self.watch],
+            compute_metrics=self._metrics, preprocess_logits_for_metrics=self.task.reduce,
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _arguments(self) -> TrainingArguments:
+        config = self.config
+        per_epoch = math.ceil(math.ceil(len(self.learn) / config.batch) / config.accumulate)
+        total = config.steps or math.ceil(config.epochs * per_epoch)
+        every = min(config.evaluate_every or per_epoch, total)
+        return TrainingArguments(
+            output_dir=str(self.folder.path), seed=config.seed, data_seed=config.seed,
+            max_steps=total, per_device_train_batch_size=config.batch,
+            train_sampling_strategy="group_by_length" if config.by_length else "random",
+            gradient_accumulation_steps=config.accumulate, per_device_eval_batch_size=config.eval_batch,
+            learning_rate=(config.lr or FULL_RATE) * config.rate, weight_decay=config.weight_decay,
+            lr_scheduler_type=config.schedule, warmup_steps=config.warmup, max_grad_norm=config.max_norm,
+            eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every,
+            save_total_limit=config.keep, load_best_model_at_end=config.best,
+            metric_for_best_model=self.task.metric, greater_is_better=self.task.higher_is_better,
+            logging_steps=max(1, math.ceil(total / POINTS)), logging_nan_inf_filter=False,
+            activation_checkpointing=config.gradient_checkpointing, report_to="none", disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(), label_names=["labels"],
+        )  # fmt: skip
+
+    def _metrics(self, found: EvalPrediction) -> dict[str, float]:
+        return self.task.metrics(found.predictions, found.label_ids)
+
+    # -- results -------------------------------------------------------------------------------------
+
+    def _measure(self, trainer: Trainer) -> Result:
+        model, state = trainer.model, trainer.state
+        evaluations = figures.evaluations(state.log_history)
+        ended = state.best_global_step if self.config.best and state.best_global_step else state.global_step
+        values = next(dict(e) for e in reversed(evaluations) if e["step"] == ended)
+        values.pop("step")
+        test = {}
+        if self.prepared.test is not None:
+            found = trainer.evaluate(self._encoded(self.prepared.test), metric_key_prefix="test")  # type: ignore[arg-type]
+            test = figures.metrics(found, "test")
+        summary = inlay.summary(model)
+        return Result(
+            task=self.task.name, method=self.config.method, metric=self.task.metric,
+            higher_is_better=self.task.higher_is_better,
+            value=values[self.task.metric], metrics=values, test=test,
+            parameters=parameters(model), base_parameters=summary.base_parameters,
+            steps=state.global_step, best_step=ended,
+            seconds=self.watch.seconds, step_seconds=self.watch.step_seconds, peak_bytes=figures.peak_bytes(),
+            file_bytes=0, learnt_from=len(self.learn), evaluated_on=len(self.held), truncated=self.truncated,
+            mergeable=[p.path.partition("/")[2] for p in summary.parts if p.mergeable],
+            output=str(self.config.output), labels=list(self.task.labels),
+            losses=figures.losses(state.log_history), evaluations=evaluations,
+        )  # fmt: skip
+
+    def _leave(self, trainer: Trainer, result: Result) -> None:
+        """Leave adapter, card, picture and figures in the folder; the figures last: then it is finished."""
+        path = self.folder.path
+        trainer.save_model()
+        trainer.create_model_card(tasks=self.task.name)
+        result.file_bytes = sum(f.stat().st_size for f in path.glob("*.safetensors"))
+        write(path / TASK, json.dumps(self._facts(), indent=1))
+        figures.draw(result, path / "curve.png")
+        write(path / RESULT, json.dumps(result.plain, indent=1))
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what a prediction must know beside the adapter."""
+        config = self.config
+        folder = Path(config.model)
+        return {
+            **self.task.facts, "base": str(folder.resolve()) if folder.is_dir() else config.model,
+            "adapter": self.prepared.stack is not None, "max_length": self.longest, "seed": config.seed,
+            "dtype": config.dtype, "bits": config.bits,
+        }  # fmt: skip
+
+
+def parameters(model: nn.Module) -> int:
+    """Return how many parameters learn."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def told(result: Result) -> Sequence[str]:
+    """Return the figures in words, a line each."""
+    lines = [f"{result.metric} {result.value:.4g} on {result.evaluated_on:,} rows held out"]
+    if result.test:
+        lines.append(f"{result.metric} {result.test[result.metric]:.4g} on the test data")
+    lines.append(
+        f"{result.parameters:,} parameters ({result.share:.2%} of the model), "
+        f"{result.file_bytes / 1e6:.1f} MB, {result.steps:,} steps in {result.seconds:.0f} s"
+    )
+    return [*lines, f"results: {result.output}"]

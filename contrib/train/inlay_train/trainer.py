@@ -1,0 +1,323 @@
+"""A `transformers.Trainer` for models with an attached stack: what learns is what is saved."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput, set_seed
+
+import inlay
+from inlay import InlayError
+from inlay_train import card, diverged, resumable, sampling
+
+ALIGNED = (
+    "problem_type",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)  # what training sets in a configuration
+
+
+class Trainer(transformers.Trainer):
+    """Trains the adapter `adapter` of a model; everything else is transformers'.
+
+    Checkpoints hold the adapter (`inlay.load` reads them), optimizer, scheduler and random state, and
+    not the base. Each part learns at its method's own rate times `rate`; `lr` replaces these rates
+    (`args.learning_rate` is not used). Extra losses of methods are added; a method's stages are walked,
+    each with an optimizer of its own and all the steps that `args` say. A loss or gradient that is
+    not finite ends training before it is used. `adapter` may be left out where one adapter learns.
+
+    Without an adapter the model trains as transformers trains it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: transformers.TrainingArguments,
+        *,
+        adapter: str | None = None,
+        lr: float | None = None,
+        rate: float = 1.0,
+        **others: Any,
+    ) -> None:
+        self.adapter = adapter if adapter is not None else learning_adapter(model)
+        self.lr, self.rate = lr, rate
+        self._stages = self._left(model)
+        self._stage = 0
+        self._restored: Path | None = None
+        self._checked = False
+        self._four_bit = [
+            m for m in model.modules() if any(k.__name__ == "Linear4bit" for k in type(m).__mro__)
+        ]
+        self._config = aligned(model)
+        with quantised_base_accepted(model, self.adapter):
+            super().__init__(model, args, **others)
+        if len(self._stages) > 1 and self.optimizer is not None:
+            raise InlayError(
+                "a method with stages needs a new optimizer for each, so none can be given",
+                saw=f"{type(self.optimizer).__name__}, and the stages {', '.join(self._stages)}",
+                do="leave out optimizers=; choose one by TrainingArguments(optim=...)",
+            )
+
+    # -- what learns ---------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Return the optimizer of `args.optim` over the parts' own groups."""
+        if self.adapter is not None and self.optimizer is None:
+            kind, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, self.model
+            )
+            groups = inlay.parameter_groups(self.model, lr=self.lr)
+            self.optimizer = kind([{**group, "lr": group["lr"] * self.rate} for group in groups], **settings)
+        return super().create_optimizer(model)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return transformers' loss, in training with the methods' extra terms, once per optimizer step."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.adapter is not None and model.training:
+            whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            steps = self.current_gradient_accumulation_steps if whole or self.compute_loss_func else 1
+            loss = loss + inlay.auxiliary_loss(self.model) / steps
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Run transformers' step; stop if its loss is not finite; once, prove that what should learn does."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not loss.isfinite():
+            raise diverged.error(self, f"the loss is {loss.item()}", inputs=inputs)
+        if self.adapter is not None and not self._checked:
+            with without_autocast(self.model):
+                inlay.check_training(self.model, self.optimizer)
+            self._checked = True
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        scaled = getattr(self.accelerator, "scaler", None) is not None  # which skips such steps itself
+        if not scaled and not torch.as_tensor(norm).isfinite():
+            raise diverged.error(self, f"the gradient's norm is {float(norm)}")
+        return norm
+
+    def prediction_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Predict as transformers does; 4-bit layers stay unpacked, or no gradient would pass them again."""
+        for layer in self._four_bit:
+            layer.training = True
+        return super().prediction_step(model, *args, **kwargs)
+
+    # -- the order of rows ---------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return sampling.ByLength(sampling.lengths(dataset), self.args.train_batch_size, seed)
+
+    # -- stages and resuming -------------------------------------------------------------------------
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Train through all stages; `resume_from_checkpoint=True`: from the last complete checkpoint on."""
+        checkpoint = self._checkpoint(resume_from_checkpoint)
+        if checkpoint is not None:
+            self._load_from_checkpoint(str(checkpoint))
+        best = self.args.load_best_model_at_end
+        while True:
+            left = self._left(self.model)
+            self._stage = len(self._stages) - len(left)
+            self.args.load_best_model_at_end = best and len(left) == 1
+            try:
+                output = self._train_stage(checkpoint, *args, **kwargs)
+            finally:
+                self.args.load_best_model_at_end = best
+            if len(left) == 1:
+                return output
+            inlay.advance(self.model, str(self.adapter))
+            self.optimizer, self.lr_scheduler, checkpoint = None, None, None
+
+    def _train_stage(self, checkpoint: Path | None, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._checked = False
+        if checkpoint is None:
+            set_seed(self.args.seed + self._stage)
+            return super().train(None, *args, **kwargs)
+        state = TrainerState.load_from_json(str(checkpoint / resumable.MARK))
+        steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        if state.global_step < steps:
+            return super().train(str(checkpoint), *args, **kwargs)
+        self.state = state  # nothing is left to train: transformers would train a step too many
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(state.global_step, 0.0, {})
+
+    def _left(self, model: nn.Module) -> list[str]:
+        return ["train"] if self.adapter is None else [s.name for s in inlay.stages(model, self.adapter)]
+
+    def _checkpoint(self, wanted: str | bool | None) -> Path | None:
+        if not wanted:
+            return None
+        found = Path(wanted) if isinstance(wanted, str) else self.last_checkpoint()
+        if found is None or not resumable.is_complete(found):
+            raise InlayError(
+                "there is no complete checkpoint to resume from",
+                saw=f"{found or self.args.output_dir}",
+                do="start anew, without resume_from_checkpoint",
+            )
+        return found
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the last complete checkpoint of the furthest stage, or None."""
+        folders = [self._folder(number) for number in reversed(range(len(self._stages)))]
+        return next((found for folder in folders if (found := resumable.last(folder))), None)
+
+    def _folder(self, stage: int) -> Path:
+        output = Path(self.args.output_dir)
+        return output if len(self._stages) == 1 else output / f"_stage-{stage + 1}"
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._folder(self._stage)) if trial is None else str(super()._get_output_dir(trial))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.adapter is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif self._restored != Path(resume_from_checkpoint):
+            self._restore(Path(resume_from_checkpoint))
+            self._restored = Path(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.adapter is None:
+            super()._load_best_model()
+        else:
+            self._restore(Path(str(self.state.best_model_checkpoint)))
+
+    def _restore(self, folder: Path) -> None:
+        """Put a checkpoint's adapter in the place of the attached one, which must be the topmost."""
+        names = list(dict.fromkeys(adapters(self.model)))
+        if names[-1] != self.adapter:
+            raise InlayError(
+                "a checkpoint can be restored only where its adapter is the topmost",
+                saw=f"{', '.join(map(repr, names))}, and {self.adapter!r} is trained",
+                do="attach the adapter to be trained last",
+            )
+        with self._own_config(), without_autocast(self.model):
+            inlay.load(self.model, folder, f"{self.adapter}, read", activate=False, trainable=False)
+            inlay.detach(self.model, f"{self.adapter}, read")  # so it is whole, and may replace the other
+            inlay.detach(self.model, self.adapter)
+            inlay.load(self.model, folder, self.adapter)
+
+    # -- saving --------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if diverged.bad_tensors(self):
+            raise diverged.error(self, "trained values are not finite")
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, InlayError) as error:
+            reason = resumable.not_written(error)
+            if not reason:
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            raise resumable.cannot_write(folder, reason, self.last_checkpoint()) from error
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save the adapter alone; the tokenizer too where this is the result and not a checkpoint."""
+        folder = self.args.output_dir if output_dir is None else output_dir
+        if self.adapter is None:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            with self._own_config():
+                inlay.save(self.model, folder, self.adapter, overwrite=True)
+            if folder == self.args.output_dir and self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write README.md: what it is, for which base, how to load it, its figures."""
+        if self.adapter is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            text = card.of(self, kwargs.get("tags") or ())
+            (Path(self.args.output_dir) / "README.md").write_text(text, encoding="utf-8")
+
+    @contextmanager
+    def _own_config(self) -> Iterator[None]:
+        """Give the base's configuration its own values back for a while: they are part of its identity."""
+        now = aligned(self.model)
+        align(self.model, self._config)
+        try:
+            yield
+        finally:
+            align(self.model, now)
+
+
+def aligned(model: Any) -> dict[str, Any]:
+    """Return what the model's configuration holds of what training sets there."""
+    own = model.config.__dict__ if hasattr(model, "config") else {}
+    return {name: own[name] for name in ALIGNED if name in own}
+
+
+def align(model: Any, values: dict[str, Any]) -> None:
+    """Let the model's configuration hold exactly these of what training sets there."""
+    if hasattr(model, "config"):
+        for name in ALIGNED:
+            model.config.__dict__.pop(name, None)
+        model.config.__dict__.update(values)
+
+
+def adapters(model: nn.Module) -> Sequence[str]:
+    """Return the name of the adapter of each attached part, in order."""
+    return [part.path.partition("/")[0] for part in inlay.summary(model).parts]
+
+
+def learning_adapter(model: nn.Module) -> str | None:
+    """Return the one adapter of the model that learns, or None where nothing is attached."""
+    parts = inlay.summary(model).parts
+    names = list(dict.fromkeys(n for n, p in zip(adapters(model), parts, strict=True) if p.trainable))
+    if len(names) > 1 or (parts and not names):
+        raise InlayError(
+            "it is not clear which adapter is to be trained",
+            saw=f"adapters that learn: {', '.join(map(repr, names)) or 'none'}",
+            do="pass adapter=, or let one learn: inlay.set_trainable(model, name)",
+        )
+    return names[0] if names else None
+
+
+@contextmanager
+def without_autocast(model: Any) -> Iterator[None]:
+    """Take accelerate's mixed precision from the front of the model's forward for a while.
+
+    It stands on the instance, where inlay allows nothing that might bypass an adapter.
+    """
+    wrapped = model.__dict__.pop("forward", None) if "_original_forward" in model.__dict__ else None
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.__dict__["forward"] = wrapped
+
+
+@contextmanager
+def quantised_base_accepted(model: Any, adapter: str | None) -> Iterator[None]:
+    """Let transformers build a Trainer for a quantised base: it looks for peft's adapters only."""
+    if adapter is None:
+        yield
+        return
+    had = model.__dict__.get("_hf_peft_config_loaded")
+    model.__dict__["_hf_peft_config_loaded"] = True
+    try:
+        yield
+    finally:
+        if had is None:
+            del model.__dict__["_hf_peft_config_loaded"]
+        else:
+            model.__dict__["_hf_peft_config_loaded"] = had

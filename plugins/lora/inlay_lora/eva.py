@@ -1,0 +1,95 @@
+"""EVA: low-rank factors that start along what their layer reads, with ranks where most is explained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from inlay.authoring import ConfigError, Site, calls, setting
+from inlay_lora.inputs import Inputs
+from inlay_lora.pca import NOTHING, IncrementalPCA
+from inlay_lora.start import DOWN, Start
+
+PASSES = 10  # over the data, at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class EVA(Start):
+    """Explained-variance adaptation: A₀ = the first r_l principal directions of what the layer reads.
+
+    Inputs are gathered over tokens that are not padding and (`label_mask`) have no label −100, and go
+    through an incremental PCA of up to round(rho·r) directions, until those in use have a cosine of
+    at least `tau` with what they were a batch before; the data is gone through again if need be,
+    10 times at most. The ranks r_l go to the directions that explain the largest shares of their
+    layer's variance, over all L layers: Σ r_l = L·r. With rho=1 all are r. A layer of rank 0 gets no
+    adapter. `whiten` divides row j by √σ_j, σ its singular value.
+
+    B₀ = 0, so the output is unchanged at the start; s is alpha / r (or alpha / √r) whatever r_l.
+    Embeddings start at random with rank r. Parameters: Σ r_l·(in + out). arXiv 2410.07170,
+    huggingface/peft. Differs: batches of fewer tokens than directions count, too.
+    """
+
+    id: ClassVar[str] = "eva"
+
+    rho: float = setting(2.0, least=1)
+    tau: float = setting(0.99, above=0, most=1)
+    whiten: bool = setting(False)
+    label_mask: bool = setting(True)
+
+    def measure(
+        self, rank: int, model: nn.Module, sites: Sequence[Site], batches: Iterable[Any]
+    ) -> dict[str, Tensor]:
+        layers = [site for site in sites if site.kind in ("linear", "conv1d")]
+        inputs = Inputs(layers, max(rank, round(self.rho * rank)), label_mask=self.label_mask)
+        ranks: dict[str, int] = {}
+        with inputs.watching():
+            for call in (call for _ in range(PASSES) for call in calls(model, batches)):
+                inputs.run(model, call)
+                ranks = shared_out({n: pca.explained for n, pca in inputs.pcas.items()}, rank * len(layers))
+                settled = {n: inputs.pcas[n].settled(self.tau) for n in ranks}
+                inputs.waiting = {n for n, r in ranks.items() if not bool(settled[n][:r].all())}
+                if len(ranks) == len(layers) and not inputs.waiting:
+                    break
+        self._check(rank, layers, inputs, ranks)
+        return {f"{name}{DOWN}": self.first(inputs.pcas[name], r) for name, r in ranks.items()}
+
+    def first(self, pca: IncrementalPCA, rank: int) -> Tensor:
+        """Return A₀ (rank, in) from the directions of what a layer reads."""
+        rows = pca.directions[:rank].clone()  # layers that read the same share the directions
+        if self.whiten and rank:
+            rows /= pca.singular[:rank, None].clamp(min=NOTHING * float(pca.singular[0])).sqrt()
+        return rows
+
+    def _check(self, rank: int, layers: Sequence[Site], inputs: Inputs, ranks: Mapping[str, int]) -> None:
+        if not layers:
+            raise ConfigError(
+                "eva: no target is a linear layer",
+                saw="embeddings alone",
+                do="target layers too, or drop start",
+            )
+        if unread := [site.name for site in layers if site.name not in inputs.pcas]:
+            raise ConfigError(
+                "eva: a layer read nothing in all the data",
+                saw=f"{unread[0]} and {len(unread) - 1} more were not called",
+                do="leave it out of the targets, or give data for which the model calls it",
+            )
+        found, wanted = sum(ranks.values()), rank * len(layers)
+        if found < wanted:
+            tokens = min(pca.rows for pca in inputs.pcas.values())
+            raise ConfigError(
+                "eva: the inputs have fewer directions than ranks to start from",
+                saw=f"{found} of {wanted} directions; as few as {tokens} tokens in a layer",
+                do="give more data (check masks and labels), or take a smaller rank",
+            )
+
+
+def shared_out(explained: Mapping[str, Tensor], budget: int) -> dict[str, int]:
+    """Return how many of the `budget` largest shares are each layer's; of equal ones, the first."""
+    entries = [(-share, j, name) for name, s in explained.items() for j, share in enumerate(s.tolist())]
+    ranks = dict.fromkeys(explained, 0)
+    for _, _, name in sorted(entries, key=lambda entry: entry[:2])[:budget]:
+        ranks[name] += 1
+    return ranks
