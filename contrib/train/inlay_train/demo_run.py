@@ -29,8 +29,9 @@ def run(job: Job, folder: Path) -> Outcome:
     base = sum(p.numel() for p in model.parameters())
     steps, batch = job.settings["steps"], job.settings["batch"]
     inlay.attach(
-        model, job.stack, NAME, train=("head",), seed=job.seed, data=labelled(learn, batch, job.seed)
-    )
+        model, job.stack, NAME, train=beside(model, job.stack), seed=job.seed,
+        data=labelled(learn, batch, job.seed),
+    )  # fmt: skip
     losses, took, start = [], [], time.perf_counter()
     lap = start
 
@@ -53,6 +54,15 @@ def run(job: Job, folder: Path) -> Outcome:
         seconds=seconds, peak_bytes=peak_bytes(), merges=merges(model), steps=steps,
         losses=losses, values=[(0.0, job.settings["head"]), (float(steps), right)],
     )  # fmt: skip
+
+
+def beside(model: nn.Module, stack: str) -> tuple[str, ...]:
+    """Return what learns beside the stack: the head, unless the stack reaches it by itself."""
+    own, head = (
+        {site.name for part in inlay.plan(model, text).parts for site in part.sites}
+        for text in (stack, "trained")
+    )
+    return () if head <= own else ("head",)
 
 
 def labelled(texts: Encoded, batch: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:

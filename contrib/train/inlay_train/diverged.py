@@ -23,7 +23,7 @@ def error(trainer: Trainer, what: str, inputs: Any = None) -> TrainingError:
     good = trainer.last_checkpoint()
     kept = f"the last good checkpoint is {good}" if good is not None else "there is no checkpoint yet"
     return TrainingError(
-        f"training diverged: {what} in step {trainer.state.global_step + 1}",
+        f"training diverged: {what}",
         saw=_bad_values(trainer) or (_bad_output(trainer, inputs) if inputs else _bad_gradients(trainer)),
         do=f"lower the learning rate (now {', '.join(f'{rate:.3g}' for rate in rates)}), or clip; {kept}",
     )
@@ -70,8 +70,11 @@ def _bad_output(trainer: Trainer, inputs: Any) -> str:
     finally:
         for hook in hooks:
             hook.remove()
-    place = f"the first output that is not is that of {seen[0]}" if seen else "so is every output, but not the loss"
-    return f"every trained value is finite; {place}"
+    place = f"the first output that is not is that of {seen[0]}" if seen else "so is every output"
+    largest, part, name = max(
+        (float(p.detach().abs().max()), part, name) for part, name, p in _learning(trainer)
+    )
+    return f"every trained value is finite, the largest {largest:.2g} in the part {part} ({name}); {place}"
 
 
 def _learning(trainer: Trainer) -> Iterator[tuple[str, str, nn.Parameter]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,11 @@ class Folder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Make the folder and keep other runs out of it; raise if one is in it."""
+        """Make the folder and keep other runs out of it; raise if one is in it.
+
+        Where no run came to begin, nothing of this stays.
+        """
+        made = not self.path.exists()
         try:
             self.own.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -58,6 +63,10 @@ class Folder:
             yield
         finally:
             lock.release()
+            if not self.record.exists():
+                shutil.rmtree(self.own)
+                if made and not any(self.path.iterdir()):
+                    self.path.rmdir()
 
     def saved(self) -> dict[str, Any] | None:
         """Return what the folder says of its run, or None if it holds none."""
@@ -84,12 +93,10 @@ class Folder:
             )
         return {} if found is None else dict(found["config"])
 
-    def begin(self, prepared: Prepared, *, resume: bool) -> bool:
-        """Write down what the run is, or compare with what was; return whether there is one to go on with."""
-        now = record(prepared)
+    def holds(self, prepared: Prepared, *, resume: bool) -> bool:
+        """Return whether there is a run to go on with, this one; raise if there is another."""
         before = self.saved()
         if before is None:
-            write(self.record, json.dumps(now, indent=1))
             return False
         if not resume:
             raise InlayError(
@@ -97,13 +104,17 @@ class Folder:
                 saw=str(self.path),
                 do="go on with it by --resume, or choose another --output",
             )
-        if found := list(differences(before, now)):
+        if found := list(differences(before, record(prepared))):
             raise InlayError(
                 "this is not the run in the output folder, so it cannot go on with it",
                 saw="".join(f"\n  {line}" for line in found),
                 do="resume with --output and --resume alone, or choose another --output",
             )
         return True
+
+    def begin(self, prepared: Prepared) -> None:
+        """Write down what the run is."""
+        write(self.record, json.dumps(record(prepared), indent=1))
 
 
 def record(prepared: Prepared) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def model(
             made: nn.Module = kind.from_pretrained(
                 folder, config=config, dtype=getattr(torch, dtype), local_files_only=True, **how
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # transformers raises whatever the files provoke
             raise InlayError(
                 "the model's weights cannot be loaded",
                 saw=f"{folder}: {type(error).__name__}: {' '.join(str(error).split())[:300]}",

@@ -77,15 +77,25 @@ def prepare(config: RunConfig) -> Prepared:
     learn = found.of(lambda: read(config.data, encoding=config.encoding))
     task = found.of(TASKS[config.task].of, learn, config.columns)
     learn, held, test = tables(config, task, learn, found)
-    train = trained_beside(config, stack)
     if plain is not None:
         plain.num_labels = len(task.labels) if task is not None and task.labels else 2
     skeleton = found.of(base.skeleton, kind, plain)
+    train = trained_beside(config, stack, skeleton)
     found.of(check_targets, skeleton, stack, train)
     if found.errors:
         raise merged(found.errors)
     return Prepared(
-        config, folder, kind, plain, task, learn, held, test, stack or None, train, heads(skeleton)
+        config,
+        folder,
+        kind,
+        plain,
+        task,
+        learn,
+        held,
+        test,
+        with_trained(stack, train),
+        train,
+        heads(skeleton),
     )  # type: ignore[arg-type]
 
 
@@ -141,12 +151,26 @@ def stack_of(method: str) -> Stack | bool:
     return parse(method)
 
 
-def trained_beside(config: RunConfig, stack: Stack | bool | None) -> tuple[str, ...]:
-    """Return the targets whose own tensors learn beside the stack: none if a part of it does that."""
-    if config.train is not None:
-        return config.train
-    parts = stack.parts if isinstance(stack, Stack) else ()
-    return () if any(isinstance(part.method, Trained) for part in parts) else TASKS[config.task].train
+def trained_beside(
+    config: RunConfig, stack: Stack | bool | None, skeleton: nn.Module | None
+) -> tuple[str, ...]:
+    """Return the targets whose own tensors learn beside the stack: the task's, unless it reaches them."""
+    default = TASKS[config.task].train
+    if config.train is not None or not default or not isinstance(stack, Stack) or skeleton is None:
+        return default if config.train is None else config.train
+    try:
+        planned = inlay.plan(skeleton, stack)
+    except InlayError:
+        return default  # what is wrong with the stack is told by itself
+    reached = {site.name for part in planned.parts for site in part.sites}
+    return () if reached.issuperset(heads(skeleton)) else default
+
+
+def with_trained(stack: Stack | bool | None, train: tuple[str, ...]) -> Stack | None:
+    """Return the whole stack, the base's own tensors innermost: a method that acts there too adds."""
+    if not isinstance(stack, Stack):
+        return None
+    return Trained(targets=train) + stack if train else stack
 
 
 def check_targets(skeleton: nn.Module, stack: Stack | bool, train: tuple[str, ...]) -> None:

@@ -52,7 +52,7 @@ def cannot_write(folder: Path, reason: str, good: Path | None) -> InlayError:
     there = next(p for p in (folder, *folder.parents) if p.is_dir())
     free = shutil.disk_usage(there).free
     return InlayError(
-        "a checkpoint cannot be written; is the disk full?",
+        "the run's files cannot be written; is the disk full?",
         saw=f"{folder}: {reason}; {free / 2**20:,.0f} MiB are free there",
         do="make room, then resume"
         + (f": {good} is whole" if good is not None else "; there is no checkpoint yet"),

@@ -17,7 +17,8 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalPrediction
 
 import inlay
-from inlay_train import figures, loading
+from inlay import InlayError
+from inlay_train import figures, loading, resumable
 from inlay_train.config import RunConfig
 from inlay_train.figures import Result
 from inlay_train.folder import RESULT, TASK, Folder, write
@@ -48,7 +49,7 @@ def train(
     prepared = prepared or prepare(config)
     folder = Folder(config.output.resolve())
     with folder.claimed():
-        resuming = folder.begin(prepared, resume=resume)
+        resuming = folder.holds(prepared, resume=resume)
         if resuming and (done := finished(folder)):
             console.print("this run is finished already")
             return done
@@ -82,6 +83,8 @@ class Run:
         self._attach(model)
         trainer = self._trainer(model)
         self._tell(model)
+        if not resuming:
+            self.folder.begin(self.prepared)
         checkpoint = trainer.last_checkpoint() if resuming else None
         if resuming:
             self.console.print(
@@ -90,7 +93,12 @@ class Run:
         with self.watch.watching():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         result = self._measure(trainer)
-        self._leave(trainer, result)
+        try:
+            self._leave(trainer, result)
+        except (OSError, InlayError) as error:
+            if not (reason := resumable.not_written(error)):
+                raise
+            raise resumable.cannot_write(self.folder.path, reason, trainer.last_checkpoint()) from error
         return result
 
     # -- data ----------------------------------------------------------------------------------------
@@ -124,10 +132,7 @@ class Run:
     def _attach(self, model: nn.Module) -> None:
         if self.prepared.stack is not None:
             with torch.random.fork_rng(devices=[]):
-                inlay.attach(
-                    model, self.prepared.stack, ADAPTER, train=self.prepared.train, seed=self.config.seed,
-                    data=self._batches(),
-                )  # fmt: skip
+                inlay.attach(model, self.prepared.stack, ADAPTER, seed=self.config.seed, data=self._batches())
 
     def _tell(self, model: nn.Module) -> None:
         self.console.print(

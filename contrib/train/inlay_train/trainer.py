@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,7 @@ from transformers.trainer_utils import TrainOutput, set_seed
 
 import inlay
 from inlay import InlayError
-from inlay_train import card, diverged, resumable, sampling
-
-ALIGNED = (
-    "problem_type",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-)  # what training sets in a configuration
+from inlay_train import adapted, card, diverged, resumable, sampling
 
 
 class Trainer(transformers.Trainer):
@@ -48,17 +41,15 @@ class Trainer(transformers.Trainer):
         rate: float = 1.0,
         **others: Any,
     ) -> None:
-        self.adapter = adapter if adapter is not None else learning_adapter(model)
+        self.adapter = adapter if adapter is not None else adapted.learning_adapter(model)
         self.lr, self.rate = lr, rate
         self._stages = self._left(model)
         self._stage = 0
         self._restored: Path | None = None
         self._checked = False
-        self._four_bit = [
-            m for m in model.modules() if any(k.__name__ == "Linear4bit" for k in type(m).__mro__)
-        ]
-        self._config = aligned(model)
-        with quantised_base_accepted(model, self.adapter):
+        self._four_bit = adapted.four_bit_layers(model)
+        self._config = adapted.aligned(model)
+        with adapted.quantised_base_accepted(model, self.adapter):
             super().__init__(model, args, **others)
         if len(self._stages) > 1 and self.optimizer is not None:
             raise InlayError(
@@ -94,9 +85,9 @@ class Trainer(transformers.Trainer):
         """Run transformers' step; stop if its loss is not finite; once, prove that what should learn does."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not loss.isfinite():
-            raise diverged.error(self, f"the loss is {loss.item()}", inputs=inputs)
+            raise diverged.error(self, f"the loss is {loss.item()} in {self._now}", inputs)
         if self.adapter is not None and not self._checked:
-            with without_autocast(self.model):
+            with adapted.without_autocast(self.model):
                 inlay.check_training(self.model, self.optimizer)
             self._checked = True
         return loss
@@ -105,8 +96,12 @@ class Trainer(transformers.Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         scaled = getattr(self.accelerator, "scaler", None) is not None  # which skips such steps itself
         if not scaled and not torch.as_tensor(norm).isfinite():
-            raise diverged.error(self, f"the gradient's norm is {float(norm)}")
+            raise diverged.error(self, f"the gradient's norm is {float(norm)} in {self._now}")
         return norm
+
+    @property
+    def _now(self) -> str:
+        return f"step {self.state.global_step + 1}"
 
     def prediction_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Predict as transformers does; 4-bit layers stay unpacked, or no gradient would pass them again."""
@@ -143,13 +138,15 @@ class Trainer(transformers.Trainer):
                 self.args.load_best_model_at_end = best
             if len(left) == 1:
                 return output
-            inlay.advance(self.model, str(self.adapter))
+            for path, stages in self._stages_of_parts(self.model).items():
+                if len(stages) > 1:
+                    inlay.advance(self.model, path)
             self.optimizer, self.lr_scheduler, checkpoint = None, None, None
 
     def _train_stage(self, checkpoint: Path | None, *args: Any, **kwargs: Any) -> TrainOutput:
         self._checked = False
+        set_seed(self.args.seed + self._stage)  # where resumed too: the order of rows begins with it
         if checkpoint is None:
-            set_seed(self.args.seed + self._stage)
             return super().train(None, *args, **kwargs)
         state = TrainerState.load_from_json(str(checkpoint / resumable.MARK))
         steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
@@ -161,7 +158,12 @@ class Trainer(transformers.Trainer):
         return TrainOutput(state.global_step, 0.0, {})
 
     def _left(self, model: nn.Module) -> list[str]:
-        return ["train"] if self.adapter is None else [s.name for s in inlay.stages(model, self.adapter)]
+        """Return the stages left, those of the part with most: the parts go on to the next together."""
+        return max(self._stages_of_parts(model).values(), key=len, default=["train"])
+
+    def _stages_of_parts(self, model: nn.Module) -> dict[str, list[str]]:
+        paths = [p.path for p in inlay.summary(model).parts if p.path.partition("/")[0] == self.adapter]
+        return {path: [stage.name for stage in inlay.stages(model, path)] for path in paths}
 
     def _checkpoint(self, wanted: str | bool | None) -> Path | None:
         if not wanted:
@@ -202,14 +204,14 @@ class Trainer(transformers.Trainer):
 
     def _restore(self, folder: Path) -> None:
         """Put a checkpoint's adapter in the place of the attached one, which must be the topmost."""
-        names = list(dict.fromkeys(adapters(self.model)))
+        names = list(dict.fromkeys(adapted.adapters(self.model)))
         if names[-1] != self.adapter:
             raise InlayError(
                 "a checkpoint can be restored only where its adapter is the topmost",
                 saw=f"{', '.join(map(repr, names))}, and {self.adapter!r} is trained",
                 do="attach the adapter to be trained last",
             )
-        with self._own_config(), without_autocast(self.model):
+        with self._own_config(), adapted.without_autocast(self.model):
             inlay.load(self.model, folder, f"{self.adapter}, read", activate=False, trainable=False)
             inlay.detach(self.model, f"{self.adapter}, read")  # so it is whole, and may replace the other
             inlay.detach(self.model, self.adapter)
@@ -219,7 +221,7 @@ class Trainer(transformers.Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if diverged.bad_tensors(self):
-            raise diverged.error(self, "trained values are not finite")
+            raise diverged.error(self, f"trained values are not finite after step {self.state.global_step}")
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
@@ -252,72 +254,9 @@ class Trainer(transformers.Trainer):
     @contextmanager
     def _own_config(self) -> Iterator[None]:
         """Give the base's configuration its own values back for a while: they are part of its identity."""
-        now = aligned(self.model)
-        align(self.model, self._config)
+        now = adapted.aligned(self.model)
+        adapted.align(self.model, self._config)
         try:
             yield
         finally:
-            align(self.model, now)
-
-
-def aligned(model: Any) -> dict[str, Any]:
-    """Return what the model's configuration holds of what training sets there."""
-    own = model.config.__dict__ if hasattr(model, "config") else {}
-    return {name: own[name] for name in ALIGNED if name in own}
-
-
-def align(model: Any, values: dict[str, Any]) -> None:
-    """Let the model's configuration hold exactly these of what training sets there."""
-    if hasattr(model, "config"):
-        for name in ALIGNED:
-            model.config.__dict__.pop(name, None)
-        model.config.__dict__.update(values)
-
-
-def adapters(model: nn.Module) -> Sequence[str]:
-    """Return the name of the adapter of each attached part, in order."""
-    return [part.path.partition("/")[0] for part in inlay.summary(model).parts]
-
-
-def learning_adapter(model: nn.Module) -> str | None:
-    """Return the one adapter of the model that learns, or None where nothing is attached."""
-    parts = inlay.summary(model).parts
-    names = list(dict.fromkeys(n for n, p in zip(adapters(model), parts, strict=True) if p.trainable))
-    if len(names) > 1 or (parts and not names):
-        raise InlayError(
-            "it is not clear which adapter is to be trained",
-            saw=f"adapters that learn: {', '.join(map(repr, names)) or 'none'}",
-            do="pass adapter=, or let one learn: inlay.set_trainable(model, name)",
-        )
-    return names[0] if names else None
-
-
-@contextmanager
-def without_autocast(model: Any) -> Iterator[None]:
-    """Take accelerate's mixed precision from the front of the model's forward for a while.
-
-    It stands on the instance, where inlay allows nothing that might bypass an adapter.
-    """
-    wrapped = model.__dict__.pop("forward", None) if "_original_forward" in model.__dict__ else None
-    try:
-        yield
-    finally:
-        if wrapped is not None:
-            model.__dict__["forward"] = wrapped
-
-
-@contextmanager
-def quantised_base_accepted(model: Any, adapter: str | None) -> Iterator[None]:
-    """Let transformers build a Trainer for a quantised base: it looks for peft's adapters only."""
-    if adapter is None:
-        yield
-        return
-    had = model.__dict__.get("_hf_peft_config_loaded")
-    model.__dict__["_hf_peft_config_loaded"] = True
-    try:
-        yield
-    finally:
-        if had is None:
-            del model.__dict__["_hf_peft_config_loaded"]
-        else:
-            model.__dict__["_hf_peft_config_loaded"] = had
+            adapted.align(self.model, now)

@@ -43,18 +43,32 @@ class EVA(Start):
         self, rank: int, model: nn.Module, sites: Sequence[Site], batches: Iterable[Any]
     ) -> dict[str, Tensor]:
         layers = [site for site in sites if site.kind in ("linear", "conv1d")]
+        if not layers:
+            raise ConfigError(
+                "eva: no target is a linear layer",
+                saw="embeddings alone",
+                do="target layers too, or drop start",
+            )
         inputs = Inputs(layers, max(rank, round(self.rho * rank)), label_mask=self.label_mask)
-        ranks: dict[str, int] = {}
         with inputs.watching():
-            for call in (call for _ in range(PASSES) for call in calls(model, batches)):
-                inputs.run(model, call)
-                ranks = shared_out({n: pca.explained for n, pca in inputs.pcas.items()}, rank * len(layers))
-                settled = {n: inputs.pcas[n].settled(self.tau) for n in ranks}
-                inputs.waiting = {n for n, r in ranks.items() if not bool(settled[n][:r].all())}
-                if len(ranks) == len(layers) and not inputs.waiting:
-                    break
-        self._check(rank, layers, inputs, ranks)
+            ranks = self._once(rank, model, inputs, batches)
+            _check(rank, inputs)
+            for _ in range(PASSES - 1):
+                if inputs.waiting:
+                    ranks = self._once(rank, model, inputs, batches)
         return {f"{name}{DOWN}": self.first(inputs.pcas[name], r) for name, r in ranks.items()}
+
+    def _once(self, rank: int, model: nn.Module, inputs: Inputs, batches: Iterable[Any]) -> dict[str, int]:
+        """Go through the data until all directions in use stay; return each layer's rank so far."""
+        ranks: dict[str, int] = {}
+        for call in calls(model, batches):
+            inputs.run(model, call)
+            ranks = shared_out({n: pca.explained for n, pca in inputs.pcas.items()}, rank * len(inputs.sites))
+            settled = {name: inputs.pcas[name].settled(self.tau) for name in ranks}
+            inputs.waiting = {name for name, r in ranks.items() if not bool(settled[name][:r].all())}
+            if len(ranks) == len(inputs.sites) and not inputs.waiting:
+                break
+        return ranks
 
     def first(self, pca: IncrementalPCA, rank: int) -> Tensor:
         """Return A₀ (rank, in) from the directions of what a layer reads."""
@@ -63,25 +77,21 @@ class EVA(Start):
             rows /= pca.singular[:rank, None].clamp(min=NOTHING * float(pca.singular[0])).sqrt()
         return rows
 
-    def _check(self, rank: int, layers: Sequence[Site], inputs: Inputs, ranks: Mapping[str, int]) -> None:
-        if not layers:
+
+def _check(rank: int, inputs: Inputs) -> None:
+    """Raise unless each layer has read enough to find `rank` directions in."""
+    if unread := [site.name for site in inputs.sites if site.name not in inputs.pcas]:
+        raise ConfigError(
+            "eva: a layer read nothing in all the data",
+            saw=f"{unread[0]} and {len(unread) - 1} more were not called",
+            do="leave it out of the targets, or give data for which the model calls it",
+        )
+    for site in inputs.sites:
+        tokens = inputs.pcas[site.name].rows
+        if rank > site.in_features or rank >= tokens:
             raise ConfigError(
-                "eva: no target is a linear layer",
-                saw="embeddings alone",
-                do="target layers too, or drop start",
-            )
-        if unread := [site.name for site in layers if site.name not in inputs.pcas]:
-            raise ConfigError(
-                "eva: a layer read nothing in all the data",
-                saw=f"{unread[0]} and {len(unread) - 1} more were not called",
-                do="leave it out of the targets, or give data for which the model calls it",
-            )
-        found, wanted = sum(ranks.values()), rank * len(layers)
-        if found < wanted:
-            tokens = min(pca.rows for pca in inputs.pcas.values())
-            raise ConfigError(
-                "eva: the inputs have fewer directions than ranks to start from",
-                saw=f"{found} of {wanted} directions; as few as {tokens} tokens in a layer",
+                "eva: too little is read to find as many directions as the rank",
+                saw=f"{site.name}: {tokens} tokens of {site.in_features} features, rank {rank}",
                 do="give more data (check masks and labels), or take a smaller rank",
             )
 

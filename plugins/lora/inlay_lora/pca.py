@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-NOTHING = 1e-6  # a singular value below this share of the largest has no direction of its own
+NOTHING = 1e-5  # a singular value below this share of the largest has no direction of its own
 
 
 class IncrementalPCA:

@@ -40,15 +40,14 @@ class TestLoRAOnEmbeddings(TestLoRA):
         return family != "gpt2"  # its table is tied to the head
 
 
-STARTS = st.builds(
-    EVA, rho=st.sampled_from([1.0, 2.0]), tau=st.sampled_from([0.9, 0.99]), whiten=st.booleans()
-)
+EQUAL = st.builds(EVA, rho=st.just(1.0), tau=st.sampled_from([0.9, 0.99]), whiten=st.booleans())
+SHARED_OUT = st.builds(EVA, rho=st.sampled_from([1.5, 2.0]))
 
 
 class TestLoRAFromEVA(TestLoRA):
     """Σ r_l = L·r: on layers of one size, as many parameters as without it, and as a dry run says."""
 
-    configurations = st.builds(LoRA, **SETTINGS, start=STARTS)
+    configurations = st.builds(LoRA, **SETTINGS, start=EQUAL | SHARED_OUT)
     targets = (("query",), ("up",))
 
 
@@ -65,5 +64,7 @@ class TestDoRA(MethodConformance):
 
 
 class TestDoRAFromEVA(TestDoRA):
-    configurations = st.builds(DoRA, **SETTINGS, start=STARTS)
+    """Equal ranks: a layer that loses its adapter loses its magnitude as well."""
+
+    configurations = st.builds(DoRA, **SETTINGS, start=EQUAL)
     targets = (("query",), ("up",))

@@ -12,7 +12,7 @@ WIDTH = 12
 
 
 def rows(count: int, seed: int = 0) -> Tensor:
-    """Return rows (count, 12) around a mean, with variances that fall by 2 from feature to feature, turned."""
+    """Return rows (count, 12) around a mean, with variances that halve from feature to feature, turned."""
     generator = torch.Generator().manual_seed(seed)
     turn = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(99))).Q
     scales = 2.0 ** -torch.arange(WIDTH)

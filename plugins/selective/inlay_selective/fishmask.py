@@ -64,7 +64,7 @@ class FishMask(Method):
     )
     default_targets: ClassVar[tuple[str, ...]] = ("",)  # the whole model
     calibrates: ClassVar[bool] = True
-    lr: ClassVar[float] = 1e-3
+    lr: ClassVar[float] = 3e-3
     weight_decay: ClassVar[float | None] = 0.0
 
     density: float = setting(0.005, above=0, most=1)

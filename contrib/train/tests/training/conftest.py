@@ -14,11 +14,32 @@ from typing import Any
 import pytest
 import torch
 
-from inlay_train import base
+import inlay
+from inlay_train import base, loading
+from inlay_train.table import Table
+from inlay_train.tasks import CausalLM, Columns
 
-WORDS = {"good": "bright calm fine glad kind nice warm wise".split(),
-         "bad": "bleak cold dull grim mean rude sad weak".split()}  # fmt: skip
-COMMON = "a and day he is it it's one she so that the this was we were".split()
+WORDS = {"good": ["bright", "calm", "fine", "glad", "kind", "nice", "warm", "wise"],
+         "bad": ["bleak", "cold", "dull", "grim", "mean", "rude", "sad", "weak"]}  # fmt: skip
+COMMON = [
+    "a",
+    "and",
+    "day",
+    "he",
+    "is",
+    "it",
+    "it's",
+    "one",
+    "she",
+    "so",
+    "that",
+    "the",
+    "this",
+    "was",
+    "we",
+    "were",
+]
+TEXTS = ["it is a good day", "so he was bad and she was good", "the day was we", "she is so"] * 4
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -48,8 +69,8 @@ def save_tokenizer(folder: Path, *, ends: bool) -> int:
         single=template, pair="$A [SEP] $B:1", special_tokens=[("[SEP]", 3)]
     )
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", eos_token="[SEP]",
-        model_max_length=64,
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+        eos_token="[SEP]", model_max_length=64,
     ).save_pretrained(folder)  # fmt: skip
     return len(words)
 
@@ -106,3 +127,49 @@ def inlay_command() -> Command:
         )
 
     return run
+
+
+@pytest.fixture
+def llama(models: dict[str, Path]) -> Callable[[], Any]:
+    """Return a function that loads the tiny decoder."""
+    from transformers import LlamaForCausalLM
+
+    return lambda: loading.model(models["llama"], LlamaForCausalLM, seed=0, settings={"pad_token_id": 0})
+
+
+@pytest.fixture
+def made(models: dict[str, Path], llama: Callable[[], Any], tmp_path: Path) -> Callable[..., Any]:
+    """Return a function that makes a Trainer of the tiny decoder with a stack, or of a model given."""
+    from transformers import TrainingArguments
+
+    from inlay_train.trainer import Trainer
+
+    base.quiet()
+    tokenizer, task = loading.tokenizer(models["llama"]), CausalLM(Columns())
+    rows = task.encode(Table(Path("d.csv"), {"text": TEXTS}, range(len(TEXTS))), tokenizer, 16)
+
+    def make(
+        stack: Any = "lora(rank=2)",
+        *,
+        model: Any = None,
+        name: str = "fr",
+        output: str = "out",
+        **settings: Any,
+    ) -> Trainer:
+        own = {
+            k: settings.pop(k) for k in ("lr", "rate", "adapter", "callbacks", "optimizers") if k in settings
+        }
+        args = TrainingArguments(**{
+            "output_dir": str(tmp_path / output), "max_steps": 6, "per_device_train_batch_size": 4,
+            "save_steps": 3, "eval_steps": 3, "eval_strategy": "steps", "logging_steps": 1,
+            "report_to": "none", "disable_tqdm": True, "use_cpu": True, **more,
+        })  # fmt: skip
+        model = llama() if model is None else model
+        if stack is not None:
+            inlay.attach(model, stack, name, seed=0)
+        return Trainer(
+            model, args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer,
+            data_collator=task.collator(tokenizer), **own,
+        )  # fmt: skip
+
+    return make

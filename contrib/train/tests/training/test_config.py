@@ -137,7 +137,9 @@ def test_heads_learn_beside_a_method_unless_told_otherwise(given: dict[str, Any]
 
 
 def test_a_quantised_base_is_not_trained_whole(given: dict[str, Any]) -> None:
-    with pytest.raises(InlayError, match=r"quantised model cannot be trained as a whole\n.*--bits 4 --method full"):
+    with pytest.raises(
+        InlayError, match=r"quantised model cannot be trained as a whole\n.*--bits 4 --method full"
+    ):
         prepare(make(**{**given, "bits": 4, "method": "full"}))
 
 

@@ -67,7 +67,9 @@ def test_data_that_cannot_be_learnt_from_is_refused() -> None:
         Classification.of(one, Columns())
     lone = table(text=["a", "b"], label=["x", "y"])
     task = Classification.of(lone, Columns())
-    with pytest.raises(InlayError, match=r"every label has a single row\n.*2 rows with 2 labels; --label label"):
+    with pytest.raises(
+        InlayError, match=r"every label has a single row\n.*2 rows with 2 labels; --label label"
+    ):
         task.split(lone, 0.5, 0)
     with pytest.raises(InlayError, match=r"one row cannot be split.*\n.*1 row in data\.csv\n.*--eval-data"):
         CausalLM(Columns()).split(table(text=["a"]), 0.1, 0)
