@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS
+from common import RESULTS, machine
 
 from inlay_train.compare import report, table
 from inlay_train.compare.engine import Result, Row
@@ -64,7 +64,16 @@ def compare(
     (RESULTS / f"{name}.md").write_text(markdown(content, elsewhere or {}) + "\n")
     for row in content["rows"]:
         row.pop("losses")  # they are in the picture
-    text = json.dumps({"benchmark": name, **content, "elsewhere": dict(elsewhere or {})}, indent=1)
+    text = json.dumps(
+        {
+            "benchmark": name,
+            **content,
+            "ran": content["machine"],
+            "machine": machine(),
+            "elsewhere": dict(elsewhere or {}),
+        },
+        indent=1,
+    )
     (RESULTS / f"{name}.json").write_text(text + "\n")
     for picture in PICTURES:
         shutil.copy(output / picture, RESULTS / f"{name}-{picture}")

@@ -209,12 +209,12 @@ class Routed(Program):
         if not isinstance(self.site, ModuleSite):
             return super().__call__(module, base, args, kwargs)
         x, args, kwargs = take_first(args, kwargs)
-        x = for_each_row(self.slot, x)
+        x = for_each_row(self.slot, self.site, x)
         if self.once:
             return self.outputs(x, base(x, *args, **kwargs))
         groups = row_groups(self.slot, self.site, self.programs, x)
         parts = [
-            base(x.index_select(0, rows), *args, **kwargs)
+            self.on_rows(rows, base, x.index_select(0, rows), *args, **kwargs)
             if program is None
             else self.on_rows(rows, program, module, base, (x.index_select(0, rows), *args), kwargs)
             for program, rows in groups
@@ -232,20 +232,25 @@ class Routed(Program):
                 y = y.index_copy(0, rows, part)
         return y
 
-    def on_rows(self, rows: Tensor, run: Callable[..., Any], *args: Any) -> Any:
-        """Return `run(*args)`, its deltas told which rows they see."""
+    def on_rows(self, rows: Tensor, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return `run(*args, **kwargs)`; deltas, and routed modules inside, are told which rows they see."""
         before = self.slot.rows
         self.slot.rows = rows if before is None else before.index_select(0, rows)
         try:
-            return run(*args)
+            return run(*args, **kwargs)
         finally:
             self.slot.rows = before
 
 
-def for_each_row(slot: Slot, x: Tensor) -> Tensor:
-    """Return x with a row for each of the batch, where one stands for all (position ids are (1, T))."""
-    batch = None if slot.call is None or slot.rows is not None else slot.call.batch
-    return x if batch is None or x.shape[0] != 1 else x.expand(batch, *x.shape[1:])
+def for_each_row(slot: Slot, site: Site, x: Tensor) -> Tensor:
+    """Return x with a row for each of the batch, where one stands for all: position ids are (1, T).
+
+    Only for tables outside the blocks: a relative position bias inside reads (T, S), no rows at all.
+    """
+    assert slot.call is not None
+    rows = slot.call.batch if slot.rows is None else slot.rows.shape[0]
+    shared = site.kind == "embedding" and site.layer is None and x.shape[0] == 1
+    return x.expand(rows, *x.shape[1:]) if shared and rows else x
 
 
 def row_groups(slot: Slot, site: Site, programs: Sequence[Any], x: Tensor) -> list[tuple[Any, Tensor]]:

@@ -148,17 +148,12 @@ def made(models: dict[str, Path], llama: Callable[[], Any], tmp_path: Path) -> C
     tokenizer, task = loading.tokenizer(models["llama"]), CausalLM(Columns())
     rows = task.encode(Table(Path("d.csv"), {"text": TEXTS}, range(len(TEXTS))), tokenizer, 16)
 
+    ours = ("lr", "rate", "adapter", "callbacks", "optimizers")
+
     def make(
-        stack: Any = "lora(rank=2)",
-        *,
-        model: Any = None,
-        name: str = "fr",
-        output: str = "out",
-        **settings: Any,
+        stack: Any = "lora(rank=2)", *, model: Any = None, name: str = "fr", output: str = "out", **more: Any
     ) -> Trainer:
-        own = {
-            k: settings.pop(k) for k in ("lr", "rate", "adapter", "callbacks", "optimizers") if k in settings
-        }
+        own = {k: more.pop(k) for k in ours if k in more}
         args = TrainingArguments(**{
             "output_dir": str(tmp_path / output), "max_steps": 6, "per_device_train_batch_size": 4,
             "save_steps": 3, "eval_steps": 3, "eval_strategy": "steps", "logging_steps": 1,

@@ -248,7 +248,7 @@ def test_a_run_asked_to_stop_saves_and_says_how_to_go_on(
 
 
 def test_asked_twice_a_run_stops_at_once(command: Command, settings: dict[str, Any]) -> None:
-    stopping = Stopping(settings["output"], signal.SIGINT, signal.SIGINT)
+    stopping = Stopping(settings["output"], signal.SIGINT, signal.SIGTERM)
     stopping.start()
     result = command("train", **{**settings, "steps": 400, "evaluate_every": 2})
     stopping.join()

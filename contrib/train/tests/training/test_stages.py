@@ -126,11 +126,11 @@ def test_each_stage_has_its_steps_optimizer_and_checkpoints(made: Made, tmp_path
 
 
 def test_resuming_in_any_stage_gives_the_same(made: Made, tmp_path: Path) -> None:
-    """Before the first checkpoint, between two, at the end of a stage, after the start of the next."""
+    """Before the first checkpoint, at the end of a stage, between two checkpoints of the next."""
     made(STACK, output="whole", **EVERY).train()
     last = Path("_stage-2") / f"checkpoint-{STEPS}"
     whole = tensors(tmp_path / "whole" / last)
-    for after in (3, 5, 6, 8, 11):
+    for after in (3, 6, 11):
         with pytest.raises(KeyboardInterrupt):
             made(STACK, output=str(after), **EVERY, callbacks=[Crash(after)]).train()
         torch.manual_seed(after)  # another process would begin with another state
