@@ -43,8 +43,8 @@ def adapted(family: str, *stacks: str, **changes: Any) -> nn.Module:
     """Return a lively model with each of `stacks` attached as a, b, …, all acting."""
     model = lively(family, **{**CHANGES.get(family, {}), **changes})
     model.generation_config.eos_token_id = None
-    for name, stack in zip("abcdef", stacks, strict=False):
-        inlay.attach(model, stack, name=name)
+    for seed, (name, stack) in enumerate(zip("abcdef", stacks, strict=False)):
+        inlay.attach(model, stack, name=name, seed=seed)
     shake(model)
     return model
 
