@@ -13,7 +13,7 @@ from comparing import LORA, arguments, compare, write_rows
 
 from inlay_train import encoder
 
-STACKS = ("full", LORA, "p_tuning_v2(length=16)", f"{LORA} + serial_adapter(rank=24)", "head")
+STACKS = ("full", LORA, "p_tuning_v2(length=16)", f"{LORA} + serial_adapter(rank=24)")
 
 
 def sentences(file: Path) -> Iterator[dict[str, str]]:

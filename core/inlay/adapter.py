@@ -27,6 +27,8 @@ class Adapter:
     `placed` lists (site, delta) in order. `shared` holds modules used by many sites once (a
     hypernetwork, VeRA's matrices). `data` is plain JSON data of the method's own that is saved
     and is there again when `inject` rebuilds the adapter (a stage, counts of selected entries).
+    `path` is its name on the model ("fr/lora"), "" while nothing is attached (a dry run, the trial
+    of a file) and inside a composite; `filled` says that a file's values will be put in.
     """
 
     def __init__(
@@ -39,8 +41,11 @@ class Adapter:
         calibration: Mapping[str, Tensor] | None = None,
         find: Callable[[str], Adapter] | None = None,
         meta: bool = False,
+        filled: bool = False,
+        path: str = "",
     ) -> None:
         self.sites, self.model, self.seed, self.meta = sites, model, seed, meta
+        self.filled, self.path = filled, path
         self.placed: list[tuple[Site, Delta]] = []
         self.shared = nn.ModuleDict()
         self.data: dict[str, Any] = copy.deepcopy(dict(data or {}))
@@ -71,11 +76,22 @@ class Adapter:
         self.shared[name] = module
         return Ref(module)
 
-    def init(self, site: Site | None = None, *, like: Tensor | None = None, shared: str = "") -> Init:
-        """Return a maker of tensors for `site`, or for the part `shared`: seeded, typed and placed."""
+    def init(
+        self,
+        site: Site | None = None,
+        *,
+        like: Tensor | None = None,
+        shared: str = "",
+        seed: int | None = None,
+    ) -> Init:
+        """Return a maker of tensors for `site`, or for the part `shared`: seeded, typed and placed.
+
+        `seed` instead of the adapter's own gives every adapter the same tensors.
+        """
         reference = site.reference if site is not None else self.sites[0].reference if like is None else like
         name = shared if site is None else f"{site.name}#{sum(s is site for s, _ in self.placed)}"
-        return Init(f"{self.seed}/{name}", reference, meta=self.meta)
+        seed = self.seed if seed is None else seed
+        return Init(f"{seed}/{name}", reference, meta=self.meta, filled=self.filled)
 
     def child(self, name: str, method: Method) -> Adapter:
         """Return the adapter of a method inside this one, its deltas made but owned by the caller.
@@ -88,8 +104,10 @@ class Adapter:
         sites, prefix = among(self.model, self.sites, method), f"{name}/"
         seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()[:4], "little")
         measured = {k: self.calibration.pop(k) for k in [*self.calibration] if k.startswith(prefix)}
-        inner = Adapter(sites, model=self.model, seed=seed, find=self._find, meta=self.meta,
-                        calibration={k.removeprefix(prefix): t for k, t in measured.items()})  # fmt: skip
+        inner = Adapter(
+            sites, model=self.model, seed=seed, find=self._find, meta=self.meta, filled=self.filled,
+            calibration={k.removeprefix(prefix): t for k, t in measured.items()},
+        )  # fmt: skip
         inner.data = self.data.setdefault(name, {})
         registry.call("inject", method, sites=sites, adapter=inner)
         self.calibration |= {f"{prefix}{k}": t for k, t in inner.calibration.items()}
@@ -156,12 +174,14 @@ class Init:
     """Makes parameters of the site's dtype on its device, from a seed of the site's own.
 
     Values are drawn on the CPU in float32, so that one seed gives the same weights on any device
-    and in any order of creation. On meta sites nothing is drawn.
+    and in any order of creation. On meta sites nothing is drawn, unless values from a file are to be
+    `filled` in: these need not wait for the base's.
     """
 
-    def __init__(self, seed: str, reference: Tensor, *, meta: bool = False) -> None:
+    def __init__(self, seed: str, reference: Tensor, *, meta: bool = False, filled: bool = False) -> None:
         self.dtype = reference.dtype if reference.is_floating_point() else torch.float32
-        self.device = torch.device("meta") if meta else reference.device
+        there = torch.device("cpu") if filled and reference.is_meta else reference.device
+        self.device = torch.device("meta") if meta else there
         digest = hashlib.sha256(seed.encode()).digest()
         self._seed = int.from_bytes(digest[:7], "little")
         self._generator: torch.Generator | None = None
@@ -175,7 +195,7 @@ class Init:
     def tensor(self, value: Tensor) -> nn.Parameter:
         """Return a parameter holding a copy of `value`."""
         made = torch.empty(value.shape, dtype=self.dtype, device=self.device)
-        if self.device.type != "meta":
+        if not (self.device.type == "meta" or value.is_meta):
             made.copy_(value.detach())
         return nn.Parameter(made)
 

@@ -56,8 +56,23 @@ def attach(
     if not isinstance(seed, int) or not 0 <= seed < 2**53:
         raise ConfigError("this cannot be a seed", saw=f"seed={shown(seed)}", do="give an integer from 0 on")
     built = build(state, name, resolved, seed=seed, data=data)
+    _refuse_hidden(built)
     place(state, built, activate=activate, trainable=trainable)
     return planned(model, [(Part(p.part_name, p.method), p.adapter) for p in built])
+
+
+def _refuse_hidden(built: Sequence[Placed]) -> None:
+    """Refuse a stack one of whose parts puts values in the place of what another, below it, changes."""
+    below: dict[str, Placed] = {}
+    for placed in built:
+        for site, delta in placed.adapter.placed:
+            under = below.setdefault(site.name, placed)
+            if under is not placed and getattr(delta, "replaces", False):
+                raise AttachError(
+                    f"{under.path!r} would learn for nothing at {site.name}",
+                    saw=f"{placed.path!r}, above it, puts its own values there",
+                    do=f"stack {under.part_name!r} after {placed.part_name!r}, or leave one of them out",
+                )
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:

@@ -269,10 +269,9 @@ class _Source:
     def check(self) -> None:
         """Build the part on meta and compare it with the file's header; only then read its values."""
         name, method = self.part.name, self.part.method
-        if sorted(self.calibration) != sorted(self.entry["calibration"]):
-            raise damaged("the calibration tensors are not those the manifest lists")
+        tensorfile.compare_names(f"{name}, calibration", self.entry["calibration"], self.calibration)
         with _from_file(self.entry):
-            trial = self._build(tensorfile.headers(self.file, self.calibration), meta=True)
+            trial = self._build(tensorfile.headers(self.file, self.calibration))
             wanted = registry.call("state_dict", method, adapter=trial)
             self._check_room(trial, wanted)
             migrated = self._migrated()
@@ -288,14 +287,15 @@ class _Source:
         """Return the part with the values from the file, ready to be put on the model."""
         calibration = tensorfile.read(self.file, self.calibration)
         tensorfile.check_finite(self.part.name, calibration, calibration)
-        adapter = self._build(calibration, meta=False)
+        adapter = self._build(calibration, f"{name}/{self.part.name}")
         _fill(self.part, adapter, self.values)
         return Placed(number, name, self.part.name, self.part.method, adapter)
 
-    def _build(self, calibration: Mapping[str, Tensor], *, meta: bool) -> Adapter:
+    def _build(self, calibration: Mapping[str, Tensor], path: str = "") -> Adapter:
         return build_adapter(
-            self.state.model, self.part.method, self.sites, seed=self.entry["seed"], meta=meta,
-            data=copy.deepcopy(self.entry["data"]), calibration=calibration, find=self.state.adapter_of,
+            self.state.model, self.part.method, self.sites, seed=self.entry["seed"], calibration=calibration,
+            data=copy.deepcopy(self.entry["data"]), find=self.state.adapter_of, path=path,
+            meta=not path, filled=bool(path),
         )  # fmt: skip
 
     def _migrated(self) -> dict[str, Tensor] | None:

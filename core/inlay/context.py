@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from inlay.errors import AttachError, RoutingError
+from inlay.kept import Kept, beside, follow
 
 if TYPE_CHECKING:
     from inlay.adapter import Adapter
@@ -35,7 +35,6 @@ class Slot(threading.local):
         self.call: Call | None = None
         self.taps: dict[str, Tensor] = {}
         self.rows: Tensor | None = None
-        self.stores: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
         copied = memo[id(self)] = Slot()
@@ -138,19 +137,32 @@ class Call:
         if not isinstance(mask, Tensor):
             return None
         if mask.dim() == 4:
-            mask = mask[:, 0].diagonal(self.past_length, -2, -1)
+            own = min(self.past_length, mask.shape[-1] - length)  # a sliding window holds no more columns
+            mask = mask[:, 0].diagonal(own, -2, -1)
             return mask if mask.dtype == torch.bool else mask >= 0
         return mask[:, -length:].bool()
 
     @property
     def store(self) -> dict[Any, Any]:
-        """A dict that lives as long as the cache of this generation; without one, as long as this call.
-
-        What is kept per row needs no reordering under beam search: beams only move within a sample,
-        whose prompt they share.
-        """
+        """A dict that lives as long as the cache of this generation; without one, as long as this call."""
         cache = self.argument("past_key_values")
-        return self._kept if cache is None else self.slot.stores.setdefault(cache, {})
+        return self._kept if cache is None else beside(cache)
+
+    def kept(self, who: Hashable, rows: Tensor | None) -> Kept:
+        """Return what `who` keeps of the batch's `rows` in this generation; it follows beams."""
+        cache = self.argument("past_key_values")
+        if cache is not None:
+            follow(cache)
+        kept: Kept = self.store.setdefault(who, Kept())
+        kept.rows = rows
+        return kept
+
+    def hand_over(self, output: Any) -> None:
+        """Put what was kept during this call beside the cache that the model made in it, if it made one."""
+        made = getattr(output, "past_key_values", None) if self._kept else None
+        if hasattr(made, "get_seq_length") and not torch.compiler.is_compiling():
+            beside(made).update(self._kept)
+            follow(made)
 
     def expanded_rows(self, size: int, name: str) -> tuple[int, ...]:
         """Return the stack of each of `size` rows; beams repeat the rows of the route k times."""
@@ -233,9 +245,12 @@ class At:
 
     @property
     def store(self) -> dict[Any, Any]:
-        """What this part keeps at this site during one generation; empty at its start."""
+        """What this part keeps at this site during one generation; empty at its start.
+
+        A tensor in it has a row for each row the delta sees: beam search reorders them.
+        """
         call = self.slot.call
-        return {} if call is None else call.store.setdefault((self.placed.id, self.site.name), {})
+        return {} if call is None else call.kept((self.placed.id, self.site.name), self.rows)
 
     @property
     def tasks(self) -> Tensor | None:

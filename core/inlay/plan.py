@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from inlay.adapter import Adapter
 from inlay.anatomy import Anatomy
@@ -117,19 +117,9 @@ def resolve_names(
     return [(part, by_name(anatomy, part.method, names)) for part, names in parts]
 
 
-def build_adapter(
-    model: nn.Module,
-    method: Method,
-    sites: tuple[Site, ...],
-    *,
-    seed: int,
-    meta: bool = False,
-    data: Mapping[str, Any] | None = None,
-    calibration: Mapping[str, Tensor] | None = None,
-    find: Any = None,
-) -> Adapter:
-    """Return a method's adapter, its deltas made and listed but not yet on the model."""
-    adapter = Adapter(sites, model=model, seed=seed, data=data, calibration=calibration, find=find, meta=meta)
+def build_adapter(model: nn.Module, method: Method, sites: tuple[Site, ...], **options: Any) -> Adapter:
+    """Return a method's adapter, its deltas made but not yet on the model; options as Adapter's."""
+    adapter = Adapter(sites, model=model, **options)
     registry.call("inject", method, sites=sites, adapter=adapter)
     if not adapter.placed:
         raise AttachError(
@@ -158,6 +148,7 @@ def build(
             seed=seed + number,
             calibration=calibration,
             find=state.adapter_of,
+            path=f"{name}/{part.name}",
         )
         built.append(Placed(state.next_id + number, name, part.name, part.method, adapter))
     return built

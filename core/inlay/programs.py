@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from inlay.context import At, Slot, take_first
 from inlay.delta import Change, Delta, WeightDelta
 from inlay.sites import ModuleSite, Site, SublayerSite
-from inlay.weights import Level, as_stored, holds_bias
+from inlay.weights import Dequantised, Level, as_stored, holds_bias, is_quantised
 
 Base = Callable[..., Any]
 
@@ -141,7 +141,7 @@ class Overlay(Onion):
         kind: Any = self.levels[0].site.module._inlay_base
         while any(isinstance(vars(kind).get(name), property) for name in names if name):
             kind = kind.__bases__[0]
-        self.kind = kind
+        self.kind = Dequantised if is_quantised(self.levels[0].site.module) else kind
 
     def __call__(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shadow, shift = self.shadow(module)
@@ -157,7 +157,7 @@ class Overlay(Onion):
         return self.run(changed, x)
 
     def shadow(self, module: nn.Module) -> tuple[Any, Tensor | None]:
-        """Return an object of the module's own class that holds the changed tensors, and a bias it cannot.
+        """Return an object of the module's class that holds the changed tensors, and a bias it cannot.
 
         Nothing may compute them again: neither a parametrization, whose class has a property of
         that name, nor an attribute that a hook sets (both weight norms of torch).

@@ -10,7 +10,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -92,7 +92,7 @@ class Registry:
         if len(offers) > 1:
             raise RegistryError(
                 f"method {name!r} is offered more than once",
-                saw=" and ".join(f"{o.distribution} {o.version} ({o.value})" for o in offers),
+                saw=_several(offers),
                 do="uninstall one of them, or set INLAY_LOAD_PLUGINS to the packages to use",
             )
         return self._import(offers[0])
@@ -125,17 +125,22 @@ class Registry:
 
     # -- calls -----------------------------------------------------------------------------------
 
-    def call(self, hook: str, method: Method, **arguments: Any) -> Any:
-        """Call a hook on the method's own implementation; observers wrap it."""
+    def call(self, hook: str, method: Method, *, observed: bool = True, **arguments: Any) -> Any:
+        """Call a hook on the method's own implementation; observers wrap it (unless it is only asked)."""
         plugin = self._adopt(type(method))
         self._observe_environment()
-        others = [p for p in self._adopted.values() if p is not plugin]
+        among = self._adopted.values() if observed else self._manager.get_plugins()
+        others = [p for p in among if p is not plugin]
         caller = self._manager.subset_hook_caller(hook, remove_plugins=others)
         try:
             answer = caller(method=method, **arguments)
         except Exception as error:
             error.add_note(f"raised by {self._whence(type(method))} in its hook {hook!r}")
             raise
+        return self.checked(hook, method, answer)
+
+    def checked(self, hook: str, method: Method, answer: Any) -> Any:
+        """Return what a hook gave; raise if it is not what the contract names."""
         if answer is None and hook not in ("auxiliary_loss",):
             raise RegistryError(
                 f"the hook {hook!r} gave no answer",
@@ -251,18 +256,26 @@ class _Plugin:
 
 def _load_observer(name: str) -> Any:
     """Return the observer an installed package offers under `name`; a class is instantiated."""
-    found = {e.name: e for e in entry_points(group=OBSERVERS)}
+    found: dict[str, dict[Origin, EntryPoint]] = {}
+    for entry in entry_points(group=OBSERVERS):
+        found.setdefault(entry.name, {}).setdefault(_origin(entry), entry)
     if name not in found:
         raise RegistryError(
             f"no installed package offers the observer {name!r}",
             saw=f"observers here: {', '.join(sorted(found)) or 'none'}",
             do="install it, or pass the observer object itself",
         )
+    if len(found[name]) > 1:
+        raise RegistryError(
+            f"observer {name!r} is offered more than once",
+            saw=_several(found[name]),
+            do="uninstall one of them, or pass the observer object itself",
+        )
+    ((origin, entry),) = found[name].items()
     try:
-        observer = found[name].load()
+        observer = entry.load()
         return observer() if inspect.isclass(observer) else observer
     except (Exception, SystemExit) as error:
-        origin = _origin(found[name])
         raise RegistryError(
             f"the observer {name!r} failed to import",
             saw=f"{type(error).__name__}: {error} in {origin.distribution} {origin.version}",
@@ -284,6 +297,10 @@ def _origin(entry: EntryPoint) -> Origin:
     if distribution is None:
         return Origin(entry.name, entry.value.split(":")[0].split(".")[0], "", entry.value)
     return Origin(entry.name, distribution.metadata["Name"], distribution.version, entry.value)
+
+
+def _several(offers: Iterable[Origin]) -> str:
+    return " and ".join(f"{o.distribution} {o.version} ({o.value})" for o in offers)
 
 
 def _changed(path: str) -> int:

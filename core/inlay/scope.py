@@ -28,7 +28,9 @@ class Scope(Host):
         slot.call = call
         try:
             call.prepare()
-            return forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
+            call.hand_over(output)
+            return output
         finally:
             slot.call = outer
             slot.taps.clear()

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from inlay.adapter import Adapter
@@ -169,7 +170,8 @@ class Placed:
 
     def prepare(self, call: Call) -> Any:
         """Run the method's `prepare` hook directly: no plugin machinery inside a forward pass."""
-        return self.method.prepare(self.method, self.adapter, call)  # type: ignore[attr-defined]
+        answer = self.method.prepare(self.method, self.adapter, call)  # type: ignore[attr-defined]
+        return answer if torch.compiler.is_compiling() else registry.checked("prepare", self.method, answer)
 
     def prepared(self, call: Call | None) -> Any:
         """Return what `prepare` computed for this call; computed anew where no call was opened."""

@@ -78,7 +78,7 @@ def _summary(placed: Placed, active: bool) -> PartSummary:
 def mergeable(placed: Placed) -> bool:
     """Return whether the method gives folds for all of its sites."""
     try:
-        registry.call("merge", placed.method, adapter=placed.adapter)
+        registry.call("merge", placed.method, observed=False, adapter=placed.adapter)
     except CannotMerge:
         return False
     return True

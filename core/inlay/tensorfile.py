@@ -11,7 +11,7 @@ import os
 import re
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,11 @@ def read(file: Any, keys: Mapping[str, str]) -> dict[str, Tensor]:
     return {local: file.get_tensor(key) for local, key in keys.items()}
 
 
-def compare(part: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raise unless `found` holds exactly the wanted names, shapes and dtypes (any float for a float)."""
+def compare_names(part: str, wanted: Iterable[str], found: Iterable[str]) -> None:
+    """Raise unless `found` holds exactly the wanted names."""
     for problem, names in (
-        ("lacks", wanted.keys() - found.keys()),
-        ("has unknown", found.keys() - wanted.keys()),
+        ("lacks", set(wanted) - set(found)),
+        ("has unknown", set(found) - set(wanted)),
     ):
         if names:
             raise CheckpointError(
@@ -101,6 +101,11 @@ def compare(part: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]
                 saw=f"{ascii(min(names))[:200]} and {len(names) - 1} more",
                 do="load a checkpoint of exactly this method and base",
             )
+
+
+def compare(part: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise unless `found` holds exactly the wanted names, shapes and dtypes (any float for a float)."""
+    compare_names(part, wanted, found)
     for key, tensor in wanted.items():
         if tensor.shape != found[key].shape:
             raise CheckpointError(

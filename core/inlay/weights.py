@@ -75,6 +75,14 @@ def is_quantised(module: nn.Module) -> bool:
     return weight is not None and not weight.is_floating_point()
 
 
+class Dequantised(nn.Linear):
+    """How a quantised layer runs with changed tensors: with all their bits, in the dtype of what it reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+
 def is_packed(module: nn.Module) -> bool:
     """Return whether bitsandbytes rearranged a 4-bit weight for the CPU's inference kernel, at a forward."""
     state = getattr(module._parameters.get("weight"), "quant_state", None)
@@ -123,10 +131,10 @@ def as_stored(
     if site.part is not None:
         weight, bias = _spliced(site, weight, bias, changed or {})
     weight = weight.T if site.layer_kind == "conv1d" else weight
-    tensors = {site.weight_name: weight.to(old.dtype).contiguous()}
+    dtype = old.dtype if old.is_floating_point() else weight.dtype
+    tensors = {site.weight_name: weight.to(dtype).contiguous()}
     if bias is not None and site.bias_name:
-        like = old if old_bias is None else old_bias
-        tensors[site.bias_name] = bias.to(like.dtype).contiguous()
+        tensors[site.bias_name] = bias.to(dtype if old_bias is None else old_bias.dtype).contiguous()
     return tensors
 
 

@@ -13,7 +13,7 @@ EXCUSED = {"R25": "the kit's methods live beside Hypothesis strategies", "R26": 
 
 def held(joined: Joined) -> type[MethodConformance]:
     """Return a test class that holds one of the kit's methods to the rules."""
-    names = [f.name for f in dataclasses.fields(joined) if f.name != "kind"]
+    names = [f.name for f in dataclasses.fields(joined) if f.name not in ("kind", "name")]
     declared: dict[str, Any] = {name: getattr(joined, name) for name in names}
     ours = joined.kind.id.startswith("kit_")
     declared |= {

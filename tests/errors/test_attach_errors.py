@@ -286,6 +286,16 @@ class Doubling(Method):
         return len(sites)
 
 
+def test_a_part_whose_place_another_takes_is_refused() -> None:
+    """A head learnt above the head that LoRA changes: LoRA's change would never show."""
+    model = build("bert")
+    match = r"'default/lora' would learn for nothing at classifier\n.*'default/trained', above it"
+    with refused(AttachError, match, model=model):
+        inlay.attach(model, LoRA(targets=["head"]), train=("head",))
+    inlay.attach(model, LoRA(targets=["linear"]), train=("head",))
+    inlay.attach(model, LoRA(targets=["head"]), name="second")  # above it, both act
+
+
 def test_an_adapter_another_one_computes_with_stays() -> None:
     model = build("llama")
     with refused(AttachError, "other adapters cannot be reached here", model=model):

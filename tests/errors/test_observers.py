@@ -145,3 +145,42 @@ def test_trace_and_observers_in_a_real_process(install: Install, tmp_path: Path)
     assert done.stdout == "['lora']\n"
     assert "inlay: inject('lora')" in done.stderr
     assert "inlay: trainable_mask('lora')" in done.stderr
+
+
+class Names:
+    """An observer that notes which adapter each hook is about, and whether a file fills it."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str, bool]] = []
+
+    @hookimpl(wrapper=True)
+    def inject(self, adapter: Any) -> Any:
+        self.seen.append(("inject", adapter.path, adapter.filled))
+        return (yield)
+
+    @hookimpl(wrapper=True)
+    def merge(self, adapter: Any) -> Any:
+        self.seen.append(("merge", adapter.path, adapter.filled))
+        return (yield)
+
+
+def test_an_observer_knows_the_adapter_and_a_dry_run_has_none(base: nn.Module, tmp_path: Path) -> None:
+    observer = Names()
+    with inlay.observe(observer):
+        inlay.plan(base, "lora(targets=['0'])")
+        inlay.attach(base, "lora(targets=['0'])", name="fr")
+        inlay.save(base, tmp_path / "saved")
+        inlay.merge(base, undo=False)
+        inlay.load(base, tmp_path / "saved", name="de")
+    assert observer.seen == [
+        ("inject", "", False), ("inject", "fr/lora", False), ("merge", "fr/lora", False),
+        ("inject", "", False), ("inject", "de/lora", True),
+    ]  # fmt: skip
+
+
+def test_a_summary_only_asks_what_could_merge_and_is_not_observed(base: nn.Module) -> None:
+    observer = Names()
+    inlay.attach(base, "lora(targets=['0'])")
+    with inlay.observe(observer):
+        assert inlay.summary(base).parts[0].mergeable
+    assert observer.seen == []

@@ -53,7 +53,7 @@ def test_any_stack(rule: Rule) -> None:
     concerns = {"merging": Case.merging, "lasting": Case.lasting}.get(rule.concerns, lambda case: True)
 
     @profile(0.7)
-    @given(case=stacks(several, dtypes=rule.dtypes).filter(concerns))
+    @given(case=stacks(several, rule=rule).filter(concerns))
     def check(case: Case) -> None:
         rule(case)
 

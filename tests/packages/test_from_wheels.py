@@ -1,23 +1,14 @@
-"""Each plugin alone beside core, from built wheels, in a fresh environment.
-
-The environment is a real venv. What is not ours (torch, transformers, …) is not installed again:
-its packages are linked into the venv from the one that runs the tests, and ours are left out.
-"""
+"""Each plugin alone beside core, from built wheels, in a fresh environment."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import sysconfig
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from environments import ROOT, Wheels, output, pip, project
 
-ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = sorted(p.parent.name for p in (ROOT / "plugins").glob("*/pyproject.toml"))
 FIRST = "lora"
 Environment = Callable[..., Path]
@@ -47,71 +38,9 @@ print(json.dumps([done, sorted(inlay.methods())]))
 """
 
 
-def project(folder: Path) -> dict[str, object]:
-    return dict(tomllib.loads((folder / "pyproject.toml").read_text())["project"])
-
-
 def offered(plugin: str) -> set[str]:
     """Return the methods that a plugin's pyproject offers."""
-    points = project(ROOT / "plugins" / plugin)["entry-points"]
-    return set(points["inlay.methods"])  # type: ignore[index, call-overload]
-
-
-@pytest.fixture(scope="session")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return a function that builds wheels of the checkout's packages, each once."""
-    folder = tmp_path_factory.mktemp("wheels")
-    built: set[Path] = set()
-
-    def build(*packages: Path) -> Path:
-        for package in packages:
-            if package not in built:
-                command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-                subprocess.run(command, cwd=package, check=True, capture_output=True)
-                built.add(package)
-        return folder
-
-    return build
-
-
-@pytest.fixture
-def environment(tmp_path: Path, wheels: Callable[..., Path]) -> Environment:
-    """Return a function that makes a venv with these of our packages; pip may take others from wheels."""
-
-    def make(*packages: Path) -> Path:
-        folder = wheels(*packages)
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
-        python = tmp_path / "env" / "bin" / "python"
-        link_others(Path(sysconfig.get_paths()["purelib"]), python)
-        names = [str(project(package)["name"]) for package in packages]
-        pip(python, folder, "install", *names)
-        return python
-
-    return make
-
-
-def link_others(source: Path, python: Path) -> None:
-    """Link every installed package that is not ours into the venv of `python`."""
-    where = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
-    target = Path(output(python, "-c", where).strip())
-    for entry in source.iterdir():
-        if "inlay" not in entry.name and entry.suffix != ".pth" and not (target / entry.name).exists():
-            (target / entry.name).symlink_to(entry)
-
-
-def pip(python: Path, wheels: Path, *arguments: str) -> None:
-    """Run pip as a user would, with the folder of wheels as its only index."""
-    output(python, "-m", "pip", *arguments, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels))
-
-
-def output(python: Path, *arguments: str, **environment: str) -> str:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "INLAY_"))}
-    done = subprocess.run(
-        [str(python), *arguments], cwd=python.parents[1], env={**clean, **environment},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return set(project(ROOT / "plugins" / plugin)["entry-points"]["inlay.methods"])
 
 
 def check_alone(plugin: str, environment: Environment) -> Path:
@@ -124,11 +53,11 @@ def check_alone(plugin: str, environment: Environment) -> Path:
 
 
 def test_a_plugin_alone_from_its_wheel_and_absent_ones_by_the_command_that_installs_them(
-    environment: Environment, wheels: Callable[..., Path]
+    environment: Environment, wheels: Wheels
 ) -> None:
     """LoRA's package alone, then the command line beside it, then what the command line says is missing."""
     python = check_alone(FIRST, environment)
-    folder = wheels(ROOT / "contrib" / "train", ROOT / "plugins" / "prefix")
+    folder = wheels.build(ROOT / "contrib" / "train", ROOT / "plugins" / "prefix")
     pip(python, folder, "install", "inlay-train")
     inlay = python.with_name("inlay")
     listing = json.loads(output(inlay, "methods", "--json"))

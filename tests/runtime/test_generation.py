@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import inlay
 from inlay.errors import RoutingError
-from inlay.testing.models import VOCABULARY
+from inlay.testing.decoding import arguments, stepwise, tokens, whole
 from inlay.testing.tools import distance, lively, shake
 
 transformers = pytest.importorskip("transformers")
@@ -47,35 +47,6 @@ def adapted(family: str, *stacks: str, **changes: Any) -> nn.Module:
         inlay.attach(model, stack, name=name, seed=seed)
     shake(model)
     return model
-
-
-def tokens(rows: int = 3, length: int = 12, seed: int = 0) -> Tensor:
-    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def arguments(model: nn.Module, ids: Tensor) -> dict[str, Any]:
-    """Return what a call over `ids` takes: an encoder-decoder reads a text of its own besides."""
-    if not model.config.is_encoder_decoder:
-        return {"input_ids": ids}
-    encoded = model.get_encoder()(input_ids=tokens(ids.shape[0], 6, seed=9))
-    return {"encoder_outputs": encoded, "decoder_input_ids": ids}
-
-
-@torch.no_grad()
-def whole(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(**arguments(model, ids), use_cache=False).logits
-
-
-@torch.no_grad()
-def stepwise(model: nn.Module, ids: Tensor, cache: Any, chunks: tuple[int, ...]) -> Tensor:
-    """Return the logits of `ids` fed in `chunks` through `cache`."""
-    given, found = arguments(model, ids), []
-    name = next(k for k in given if k.endswith("input_ids"))
-    for chunk in ids.split(chunks, dim=1):
-        out = model(**{**given, name: chunk}, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        found.append(out.logits)
-    return torch.cat(found, dim=1)
 
 
 @pytest.mark.parametrize(("family", "stack"), CASES)

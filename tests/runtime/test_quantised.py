@@ -16,6 +16,7 @@ from inlay.anatomy import Anatomy
 from inlay.errors import CannotMerge, TrainingError
 from inlay.sites import ModuleSite
 from inlay.testing.models import batch_for
+from inlay.testing.quantised import PACKED_SIZES, packed
 from inlay.testing.snapshots import digest
 from inlay.testing.tools import distance, lively, shake
 from inlay.weights import is_packed, read, tensors_of
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:MatMul8bitLt.*:UserWarning",
     "ignore:.*bitsandbytes..gemv_4bit. an autograd kernel was not registered.*:UserWarning",
 )
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "attention_bias": True}  # a 4-bit block has 64 entries
+SIZES = {**PACKED_SIZES, "attention_bias": True}
 STACK = "lora(rank=4) + ia3() + dora(rank=2, targets=['output'])"
 KINDS = ("nf4", "fp4", "nested nf4", "int8")
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
@@ -37,39 +38,7 @@ ROUNDING = {"nf4": 6e-3, "fp4": 6e-3, "nested nf4": 6e-3, "int8": 1.2e-2}
 
 
 def quantised(kind: str, **changes: Any) -> nn.Module:
-    """Return a lively Llama with every linear layer but the head in few bits, as transformers loads one."""
-    model = lively("llama", **{**SIZES, **changes})
-    for name, layer in list(model.named_modules()):
-        if type(layer) is nn.Linear and name != "lm_head":
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, few_bits(layer, kind))
-    return model.eval()
-
-
-def few_bits(layer: nn.Linear, kind: str) -> nn.Module:
-    size = (layer.in_features, layer.out_features)
-    has_bias = layer.bias is not None
-    made: Any
-    if kind == "int8":
-        made = bnb.nn.Linear8bitLt(*size, bias=has_bias, has_fp16_weights=False, threshold=0.0)
-        made.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
-    else:
-        nested, quant_type = kind.startswith("nested"), kind.rpartition(" ")[2]
-        made = bnb.nn.Linear4bit(
-            *size,
-            bias=has_bias,
-            compute_dtype=torch.float32,
-            quant_type=quant_type,
-            compress_statistics=nested,
-        )
-        made.weight = bnb.nn.Params4bit(
-            layer.weight.data, requires_grad=False, quant_type=quant_type, compress_statistics=nested
-        )
-    if has_bias:
-        made.bias = nn.Parameter(layer.bias.data, requires_grad=False)
-    made = made.to("cpu")
-    assert not made.weight.is_floating_point()
-    return made
+    return packed("llama", kind, **{**SIZES, **changes})
 
 
 def quantised_sites(model: nn.Module) -> Iterator[ModuleSite]:

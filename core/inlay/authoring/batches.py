@@ -67,7 +67,7 @@ def gradients(
     The parameters are stood in for by leaves of their own: the model's flags and gradients stay as
     they are, whether they are frozen or not.
     """
-    named = dict(model.named_parameters())
+    named = {n: p for n, p in model.named_parameters() if p.is_floating_point()}  # not what is quantised
     values = {n: p.detach().requires_grad_() if id(p) in wanted else p.detach() for n, p in named.items()}
     leaves = {id(p): values[n] for n, p in named.items() if id(p) in wanted}
     for sample in samples:

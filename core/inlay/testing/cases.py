@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from inlay.sites import Site
 from inlay.stack import Part, Stack
 from inlay.targets import resolve
 from inlay.testing.models import batch_for, build
+from inlay.testing.rule import Rule
 
 NAME = "fr"
 FAMILIES = ("llama", "gpt2", "bert", "t5", "vit")
@@ -34,7 +36,8 @@ class Joined:
     0: not a bit), `merges` whether it has a weight form, everywhere or as a function of
     (method, family), `adds_biases` whether merging gives a bias to layers without one, `replaces`
     whether it puts values in the base's place (and so hides what acts below), `parameters` the number
-    of its parameters on given sites.
+    of its parameters on given sites, `quantised` whether it acts on a base in few bits, `golden` where
+    the files lie that its format is compared with, `name` that of the class that declares it.
     """
 
     kind: type[Method]
@@ -47,6 +50,9 @@ class Joined:
     adds_biases: bool = False
     replaces: bool = False
     parameters: Count | None = None
+    quantised: bool = True
+    golden: Path | None = None
+    name: str = ""
 
     def merges_as(self, method: Method, family: str) -> bool:
         return self.merges if isinstance(self.merges, bool) else self.merges(method, family)
@@ -113,8 +119,12 @@ class Case:
 
 def tiny(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Return a seeded tiny model whose layers act: at the usual initialisation (0.02) they hardly do."""
-    lively = {} if family == "t5" else {"initializer_range": 0.2}
-    return build(family, seed=seed, dtype=dtype, **lively)
+    return build(family, seed=seed, dtype=dtype, **lively_settings(family))
+
+
+def lively_settings(family: str) -> dict[str, float]:
+    """Return the configuration that makes a family's layers act; T5 draws its weights at 1/√d already."""
+    return {} if family == "t5" else {"initializer_range": 0.2}
 
 
 def members(joined: Joined, name: str) -> st.SearchStrategy[Member]:
@@ -158,9 +168,13 @@ def cases(
     *,
     others: Sequence[Joined] = (),
     dtypes: Sequence[str] = ("float32", "bfloat16"),
+    families: Sequence[str] = (),
 ) -> Case:
-    """Draw a stack of one method with at most one of `others` below and one above it."""
-    family = draw(st.sampled_from(joined.families))
+    """Draw a stack of one method with at most one of `others` below and one above it.
+
+    `families` are those to draw from (none given: the method's own).
+    """
+    family = draw(st.sampled_from(tuple(families) or joined.families))
     beside = [o for o in others if family in o.families]
     around = st.sampled_from([None, *beside])
     chosen = [(draw(around), "below"), (joined, "subject"), (draw(around), "above")]
@@ -170,16 +184,15 @@ def cases(
 
 
 @st.composite
-def stacks(
-    draw: st.DrawFn, methods: Sequence[Joined], *, least: int = 3, dtypes: Sequence[str] = ("float32",)
-) -> Case:
-    """Draw an ordered subset of `methods`, each once, on a family that all of them know."""
+def stacks(draw: st.DrawFn, methods: Sequence[Joined], *, rule: Rule, least: int = 3) -> Case:
+    """Draw an ordered subset of `methods`, each once, on a family that all of them and the rule know."""
     count = draw(st.integers(least, len(methods)))
     order = draw(st.permutations(list(methods)))[:count]
-    families = [f for f in FAMILIES if all(f in j.families for j in order)]
+    known = rule.among(FAMILIES)
+    families = [f for f in known if all(f in j.families for j in order)]
     if not families:
-        order = [j for j in order if "bert" in j.families]
-        families = ["bert"]
+        families = ["bert" if "bert" in known else known[0]]
+        order = [j for j in order if families[0] in j.families]
     stack = tuple(draw(members(j, f"m{i}")) for i, j in enumerate(order))
-    dtype = getattr(torch, draw(st.sampled_from(tuple(dtypes))))
+    dtype = getattr(torch, draw(st.sampled_from(rule.dtypes)))
     return Case(draw(st.sampled_from(families)), dtype, stack, draw(st.integers(0, 30)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,6 +39,8 @@ class MethodConformance:
     merges: ClassVar[Any] = False
     adds_biases: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
+    quantised: ClassVar[bool] = True
+    golden: ClassVar[Path | None] = None
     excused: ClassVar[dict[str, str]] = {}
 
     @staticmethod
@@ -47,8 +50,9 @@ class MethodConformance:
     @classmethod
     def joined(cls) -> Joined:
         """Return what the class declares, as data."""
-        declared = {f.name: getattr(cls, f.name) for f in dataclasses.fields(Joined) if f.name != "kind"}
-        return Joined(kind=cls.method, **declared)
+        fields = {f.name for f in dataclasses.fields(Joined)} - {"kind", "name", "golden"}
+        declared = {name: getattr(cls, name) for name in fields}
+        return Joined(kind=cls.method, name=cls.__name__, golden=cls.golden or _beside(cls), **declared)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -62,6 +66,12 @@ class MethodConformance:
         for rule in RULES.values():
             if rule.covers(joined):
                 setattr(cls, f"test_{rule.number}_{rule.check.__name__}", test_of(rule, joined, cls.excused))
+
+
+def _beside(cls: type) -> Path | None:
+    """Return the folder "golden" beside the file a class is written in."""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return Path(file).parent / "golden" if file else None
 
 
 def test_of(rule: Rule, joined: Joined, excused: dict[str, str]) -> Callable[..., None]:
@@ -84,7 +94,7 @@ def test_of(rule: Rule, joined: Joined, excused: dict[str, str]) -> Callable[...
 def drawn(rule: Rule, joined: Joined) -> st.SearchStrategy[Case]:
     """Return the cases a rule is checked on for one method: by itself, and among the kit's neighbours."""
     others = () if rule.alone else NEIGHBOURS
-    found = cases(joined, others=others, dtypes=rule.dtypes)
+    found = cases(joined, others=others, dtypes=rule.dtypes, families=rule.among(joined.families))
     if rule.concerns == "any":
         return found
     merging = rule.concerns == "merging"

@@ -12,11 +12,12 @@ QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_to
 
 settings.register_profile("inlay-default", max_examples=6, deadline=None, derandomize=True, database=None,
                           phases=PHASES, suppress_health_check=QUIET)  # fmt: skip
+settings.register_profile("inlay-quick", settings.get_profile("inlay-default"), max_examples=2)
 settings.register_profile("inlay-long", max_examples=60, deadline=None, database=None, print_blob=True,
                           phases=PHASES, suppress_health_check=QUIET)  # fmt: skip
 
 
 def profile(share: float = 1.0) -> settings:
-    """Return the chosen profile with `share` of its examples (at least two)."""
+    """Return the chosen profile with `share` of its examples (at least one)."""
     chosen = settings.get_profile(f"inlay-{NAME}")
-    return settings(chosen, max_examples=max(2, round(chosen.max_examples * share)))
+    return settings(chosen, max_examples=max(1, round(chosen.max_examples * share)))

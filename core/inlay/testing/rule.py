@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ class Rule:
 
     `dtypes` are those it is checked in; `share` is its part of the profile's examples; `concerns`
     says which members it needs: "merging", "lasting" (what cannot merge), or any. `alone` marks
-    rules about one method, not checked again over stacks.
+    rules about one method, not checked again over stacks. `families` are those it can be checked on,
+    `accepts` the kind of site a method must act on to be asked.
     """
 
     number: str
@@ -35,6 +36,8 @@ class Rule:
     concerns: str = "any"
     alone: bool = False
     once: bool = False
+    families: tuple[str, ...] | None = None
+    accepts: str | None = None
 
     def __call__(self, subject: Case | Joined) -> None:
         """Check `subject`; what it raises says which rule was broken, and what usually breaks it."""
@@ -50,7 +53,15 @@ class Rule:
     def covers(self, joined: Joined) -> bool:
         """Return whether the rule says anything about a method."""
         never, always = joined.merges is False, joined.merges is True
-        return not ((self.concerns == "merging" and never) or (self.concerns == "lasting" and always))
+        if (self.concerns == "merging" and never) or (self.concerns == "lasting" and always):
+            return False
+        accepted = joined.kind.accepts  # where it depends on the configuration, a property
+        asked = self.accepts is None or (isinstance(accepted, frozenset) and self.accepts in accepted)
+        return asked and bool(self.among(joined.families))
+
+    def among(self, families: Sequence[str]) -> tuple[str, ...]:
+        """Return those of `families` the rule can be checked on."""
+        return tuple(f for f in families if self.families is None or f in self.families)
 
 
 def rule(

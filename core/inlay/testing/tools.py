@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from inlay.stack import need_state
 from inlay.testing import models
+from inlay.testing.cases import lively_settings
 
 
 def lively(family: str, *, seed: int = 0, **changes: Any) -> nn.Module:
@@ -16,8 +17,7 @@ def lively(family: str, *, seed: int = 0, **changes: Any) -> nn.Module:
 
     At the usual initialisation (std 0.02) a tiny model's layers hardly act, and a wrong mask hardly shows.
     """
-    if family != "t5":  # T5 draws its weights at 1/√d already
-        changes = {"initializer_range": 0.2, **changes}
+    changes = {**lively_settings(family), **changes}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: nn.Module = getattr(models, family)(**changes)

@@ -65,4 +65,5 @@ class TestFishMaskInBlocks(TestFishMask):
     families = FAMILIES
     targets = (("linear", "norm"), ("query", "value"), ("ffn",))
     replaces = False
+    quantised = False  # packed weights have no gradients to choose by
     merges = True

@@ -67,7 +67,7 @@ class VeRA(Method):
     @staticmethod
     @hookimpl
     def inject(method: VeRA, sites: Sequence[Site], adapter: Adapter) -> int:  # type: ignore[override]
-        init = Init(f"vera/{method.key}", sites[0].reference, meta=adapter.meta)
+        init = adapter.init(shared="vera", seed=method.key)
         columns, rows = max(s.in_features for s in sites), max(s.out_features for s in sites)
         made = Projections(init, method.rank, columns, rows, saved=method.save_projection)
         shared = adapter.share("projections", made)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +135,17 @@ def test_ctrl_c_keeps_what_was_measured_and_says_how_to_go_on(
          "--data", str(table()), "--task", "classification", "--methods", "lora", "--steps", "100000",
          "--output", str(out)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # A shell's background jobs, and so their tests, are started with Ctrl-C ignored.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
-    end = time.monotonic() + 120
-    while not list(out.glob("logs/*")) and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
+    try:
+        end = time.monotonic() + 120
+        while not list(out.glob("logs/*")) and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert "the same command goes on from there" in " ".join(said.split())
     assert "Traceback" not in said
     assert process.returncode == 130

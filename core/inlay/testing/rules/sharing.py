@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-
 import inlay
 from inlay.testing.cases import NAME, Case
 from inlay.testing.effects import close, output, output_of, same_output, share, stir, tensors_of, train
 from inlay.testing.models import batch_for
 from inlay.testing.rule import need, rule
 from inlay.testing.rules.attaching import no_trace
+from inlay.testing.rules.calls import padded
 from inlay.testing.snapshots import same_bits, snapshot
-
-
-def padded(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return a text batch whose rows have different lengths; images as they are."""
-    if "input_ids" not in batch:
-        return batch
-    mask = torch.ones_like(batch["input_ids"])
-    for number, row in enumerate(mask):
-        row[len(row) - number % 3 :] = 0
-    return {**batch, "attention_mask": mask}
 
 
 @rule(

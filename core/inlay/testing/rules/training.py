@@ -1,6 +1,8 @@
-"""R06 to R08: what learns, what does not, and how much of it there is."""
+"""R06 to R08 and R32: what learns, what does not, how much of it there is, and its gradients."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,8 @@ import inlay
 from inlay import masks
 from inlay.stack import State, need_state
 from inlay.testing.cases import Case
-from inlay.testing.effects import OPTIMIZERS, backward, output, stir, tensors_of, train
+from inlay.testing.effects import OPTIMIZERS, backward, in_float64, output, stir, tensors_of, train
+from inlay.testing.models import batch_for
 from inlay.testing.rule import need, rule
 from inlay.testing.snapshots import digest, same_bits
 
@@ -31,8 +34,8 @@ def learning_names(state: State) -> set[str]:
     "Only the adapter's own tensors change",
     means="under AdamW with decay and momentum, SGD with momentum, and Adafactor, given the adapter's "
     "groups or the whole model, every base tensor keeps its bits and every masked tensor moves.",
-    usually="a delta writes to the base in its forward, registers a base tensor as its own parameter, or a "
-    "masked parameter is no part of the computation.",
+    usually="a delta writes to the base in its forward, registers a base tensor as its own parameter, "
+    "or a masked parameter is no part of the computation.",
 )
 def only_own_tensors_change(case: Case) -> None:
     chosen = list(OPTIMIZERS) if len(case.members) == 1 else [list(OPTIMIZERS)[case.seed % 3]]
@@ -56,8 +59,8 @@ def only_own_tensors_change(case: Case) -> None:
 @rule(
     "R07",
     "The mask is the truth",
-    means="the mask names exactly the adapter's parameters; after a backward pass each masked tensor has "
-    "a finite gradient, nothing else has one, and `check_training` agrees.",
+    means="the mask names exactly the adapter's parameters; after a backward pass each masked tensor "
+    "has a finite gradient, nothing else has one, and `check_training` agrees.",
     usually="a parameter is created but not used, used under no_grad, or the mask leaves a name out.",
 )
 def mask_is_true(case: Case) -> None:
@@ -113,3 +116,63 @@ def counted(case: Case) -> None:
             need(found == wanted, f"{member.name} has {found} parameters; its expression gives {wanted}")
     own = [p for _, _, p in need_state(model).own_parameters()]
     need(len({id(p) for p in own}) == len(own), "a tensor is registered twice")
+
+
+ASKED = 6  # tensors
+STEP, RIGHT = 1e-5, 1e-5  # of the difference quotient; its error, by the gradient's norm
+
+
+@rule(
+    "R32",
+    "Gradients are right",
+    means="in float64 the gradient of each of some tensors, along itself and a random direction, is "
+    "the central difference quotient of the loss, to 1e-5 of the gradient's size.",
+    usually="something is detached, or a backward of the method's own is not the derivative of its forward.",
+    dtypes=("float32",),
+    share=0.34,
+    families=("gpt2", "bert", "vit"),  # the others' norms compute in float32, in a float64 model too
+    alone=True,
+)
+def gradients_are_right(case: Case) -> None:
+    model = case.attached()
+    stir(model, case)
+    model = in_float64(model)
+    batch = batch_for(model, rows=2)
+
+    def loss() -> Tensor:  # transformers' own computes in float32
+        logits = model(**batch).logits
+        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=logits.dtype)
+        found: Tensor = (logits.log_softmax(-1) * weights).sum(-1).mean() + inlay.auxiliary_loss(model)
+        return found
+
+    learning = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    loss().backward()  # type: ignore[no-untyped-call]
+    floor = 1e-3 * max(float(p.grad.norm()) for _, p in learning if p.grad is not None)
+    generator = torch.Generator().manual_seed(case.seed)
+    for at in torch.randperm(len(learning), generator=generator)[:ASKED].tolist():
+        name, tensor = learning[at]
+        need(tensor.grad is not None, f"{name} has no gradient")
+        off = _gradient_error(loss, tensor, floor, generator)
+        need(off <= RIGHT, f"the gradient of {name} is {off:.1e} of its size off the difference quotient")
+
+
+def _gradient_error(
+    loss: Callable[[], Tensor], tensor: Tensor, floor: float, generator: torch.Generator
+) -> float:
+    """Return |quotient − gradient| along the gradient and a random direction, by the gradient's norm."""
+    assert tensor.grad is not None
+    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    size = max(float(tensor.grad.norm()), floor)  # beside the others', rounding may be all of it
+    way = tensor.grad / size + noise / noise.norm()
+    return abs(_quotient(loss, tensor, STEP * way) / STEP - float((tensor.grad * way).sum())) / size
+
+
+def _quotient(loss: Callable[[], Tensor], tensor: Tensor, way: Tensor) -> float:
+    """Return (L(θ + v) − L(θ − v)) / 2, θ left as it was."""
+    kept, found = tensor.detach().clone(), []
+    with torch.no_grad():
+        for sign in (1, -1):
+            tensor.copy_(kept + sign * way)
+            found.append(float(loss()))
+        tensor.copy_(kept)
+    return (found[0] - found[1]) / 2

@@ -1,0 +1,161 @@
+"""R35 to R37: bases of other kinds: without weights yet, in few bits, and no transformer at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import inlay
+from inlay.errors import ConfigError, InlayError
+from inlay.testing.cases import NAME, Case, lively_settings
+from inlay.testing.effects import backward, close, output, same_output, share, stir, tensors_of
+from inlay.testing.models import FAMILIES
+from inlay.testing.quantised import PACKED_SIZES, packed
+from inlay.testing.rule import need, rule
+from inlay.testing.rules.files import trained
+from inlay.testing.snapshots import differences, digest, snapshot
+
+
+def without_weights(case: Case) -> nn.Module:
+    """Return the case's model on the meta device."""
+    with torch.device("meta"):
+        return FAMILIES[case.family](**lively_settings(case.family)).to(case.dtype).eval()
+
+
+def give_weights(model: nn.Module, source: nn.Module) -> None:
+    """Give a model on the meta device the tensors of another, buffers that are not saved too."""
+    model.load_state_dict(source.state_dict(), strict=False, assign=True)
+    model.tie_weights()  # type: ignore[operator]
+    for name, buffer in source.named_buffers():
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, buffer)
+
+
+@rule(
+    "R35",
+    "It loads before the base has weights",
+    means="a checkpoint loaded onto a model on the meta device, which then gets its weights, gives the "
+    "very same bits as the model it was saved from.",
+    usually="inject reads values of the base when it builds; or a tensor that is not saved is made "
+    "from them.",
+    share=0.34,
+    alone=True,
+)
+def loads_without_weights(case: Case) -> None:
+    model, empty = trained(case), without_weights(case)
+    with tempfile.TemporaryDirectory() as folder:
+        inlay.save(model, folder)
+        inlay.load(empty, folder, NAME)
+    give_weights(empty, case.model())
+    own = {k: t for k, t in tensors_of(empty).items() if t.is_meta}
+    need(not own, f"{sorted(own)[:1]} has no values ({len(own)} in all)")
+    same_output(output(model), output(empty), "loading before the base's weights")
+
+
+@rule(
+    "R36",
+    "It works on a quantised base",
+    means="on a base in 4 bits (bitsandbytes NF4) the method acts, starts as it should, gets finite "
+    "gradients, and leaves the packed weights alone; or, where it declares so, it is refused when it "
+    "is attached.",
+    usually="a delta reads `site.module.weight`, which holds packed bytes, instead of `at.weight`; or "
+    "its tensors get the packed weight's dtype.",
+    dtypes=("float32",),
+    share=0.34,
+    families=("llama",),
+    alone=True,
+)
+def works_in_few_bits(case: Case) -> None:
+    pytest.importorskip("bitsandbytes")
+    # A forward without gradients rearranges the weights, so that nothing can train through them any more.
+    plain = output(packed("llama", seed=case.seed, **PACKED_SIZES))
+    model = packed("llama", seed=case.seed, **PACKED_SIZES)
+    before, base = snapshot(model), digest(_packed_tensors(model))
+    joined = case.members[0].joined
+    if not joined.quantised:
+        try:
+            case.attach(model)
+        except InlayError:
+            need(not (found := differences(before, model)), f"refused, it changed the model: {found[:3]}")
+            return
+        raise AssertionError("it declares quantised = False, and is attached without a word")
+    case.attach(model)
+    if case.members[0].method.starts_as_identity:
+        started = output(model)
+        need(close(started, plain, max(1e-5, joined.start_tolerance)), "the output changed at the start")
+    stir(model, case)
+    backward(model)
+    learning = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    wrong = [n for n, gradient in learning.items() if gradient is None or not gradient.isfinite().all()]
+    need(not wrong, f"the gradient of {wrong[:1]} is missing or not finite")
+    need(digest(_packed_tensors(model)) == base, "the packed weights changed")
+
+
+def _packed_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach().view(torch.uint8) for n, p in model.named_parameters() if not p.is_floating_point()}
+
+
+class Plain(nn.Module):
+    """Three linear layers and nothing of transformers; with labels it gives a loss beside its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(12, 20), nn.Linear(20, 20), nn.Linear(20, 5)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.third(self.second(self.first(x).tanh()).tanh())
+        if labels is None:
+            return logits
+        return SimpleNamespace(logits=logits, loss=nn.functional.cross_entropy(logits, labels))
+
+
+@rule(
+    "R37",
+    "It works on any module",
+    means="on a plain torch module, its layers chosen by name, the method attaches, learns, saves, "
+    "loads, merges if it can, and detaches without a trace.",
+    usually="inject asks the model for a config, a role or a layer's number, which only transformers have.",
+    dtypes=("float32",),
+    share=0.34,
+    accepts="linear",
+    alone=True,
+)
+def works_on_any_module(case: Case) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(case.seed)
+        model, x = Plain().eval(), torch.randn(6, 12)
+    try:
+        method = dataclasses.replace(case.members[0].method, targets=("first", "third"), layers=None)
+    except ConfigError:  # a configuration whose other settings choose the places
+        return
+    before, plain = snapshot(model), model(x)
+    data = [{"x": x, "labels": torch.arange(6) % 5}] if method.calibrates else None
+    inlay.attach(model, method, NAME, seed=case.seed, data=data)
+    optimizer = torch.optim.Adam(inlay.parameter_groups(model))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.05
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(x).square().mean() + inlay.auxiliary_loss(model)).backward()
+        optimizer.step()
+    adapted = model(x).detach()
+    need(share(adapted, plain.detach()) > 0, "it changes nothing after three steps")
+    with tempfile.TemporaryDirectory() as folder:
+        inlay.save(model, folder)
+        inlay.load(model, folder, "again")
+    with inlay.use(model, "again"):
+        same_output(adapted, model(x).detach(), "loading")
+    inlay.detach(model, "again")
+    if all(part.mergeable for part in inlay.summary(model).parts):
+        inlay.merge(model)
+        merged = model(x).detach()
+        need(close(merged, adapted, 1e-5), f"merged it is {share(merged, adapted):.1e} off")
+        inlay.unmerge(model)
+    inlay.detach(model)
+    need(not (found := differences(before, model)), f"detached, the module is not what it was: {found[:3]}")
