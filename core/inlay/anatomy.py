@@ -14,21 +14,26 @@ from typing import Any
 from torch import nn
 
 from inlay.hosts import Deltas
-from inlay.sites import AttentionSite, BlockSite, ModuleSite, SequenceSite, SublayerSite, Tap
+from inlay.roles import (
+    ATTENTION,
+    DIMS,
+    FEED_FORWARD,
+    HEADS,
+    KV_HEADS,
+    alias,
+    fused_parts,
+    gated_parts,
+    is_attention,
+    of,
+)
+from inlay.sites import AttentionSite, BlockSite, ModuleSite, SequenceSite, Slice, SublayerSite, Tap
 
-ALIASES = {
-    "query": ("q_proj", "query", "q", "q_lin", "q_attn"),
-    "key": ("k_proj", "key", "k", "k_lin"),
-    "value": ("v_proj", "value", "v", "v_lin"),
-    "output": ("o_proj", "out_proj", "o", "out_lin", "c_proj"),
-    "gate": ("gate_proj", "wi_0"),
-    "up": ("up_proj", "fc1", "c_fc", "wi", "wi_1", "lin1"),
-    "down": ("down_proj", "fc2", "wo", "lin2"),
-}
 OUTSIDE_BLOCKS = {"norm": "norm", "conv2d": "embedding", "linear": "pooler"}  # the convolution embeds patches
-FUSED = {"c_attn": ("query", "key", "value")}
 ROLES = ("query", "key", "value", "output", "gate", "up", "down", "attention", "ffn", "norm",
          "embedding", "pooler", "head", "block", "linear", "cross_attention")  # fmt: skip
+
+
+Parts = list[tuple[str, Slice | None]]
 
 
 @dataclass
@@ -113,7 +118,7 @@ class Anatomy:
     # -- blocks ----------------------------------------------------------------------------------
 
     def _find_blocks(self) -> list[Block]:
-        attentions = [(n, m) for n, m in self.modules.items() if _is_attention(m)]
+        attentions = [(n, m) for n, m in self.modules.items() if is_attention(m)]
         blocks: dict[str, Block] = {}
         for name, module in attentions:
             path = self._block_path(name, [n for n, _ in attentions])
@@ -133,7 +138,8 @@ class Anatomy:
             path = ".".join(parts[:end])
             parent = self.modules[".".join(parts[: end - 1])]
             held = sum(a.startswith(path + ".") for a in attentions) if parts[end - 1].isdigit() else 3
-            if isinstance(parent, nn.ModuleList) and held <= 2:
+            is_list = isinstance(self.modules[path], nn.ModuleList)  # blocks in stages: a list of lists
+            if isinstance(parent, nn.ModuleList) and held <= 2 and not is_list:
                 return path
         return None
 
@@ -158,36 +164,46 @@ class Anatomy:
                 continue
             block = self._inside.get(id(module))
             layer, side = (block.layer, block.side) if block else (None, "")
-            roles, cross = self._leaf_roles(name, module, kind, block)
+            parts, cross = self._leaf_parts(name, module, kind, block)
             if id(module) in heads:
-                roles = ["head"]
+                parts = [("head", None)]
             elif module in embeddings:
-                roles = ["embedding"]
-            for role, part in _slices(module, roles):
+                parts = [("embedding", None)]
+            for role, part in parts:
                 yield ModuleSite(
                     name=f"{name}[{role}]" if part else name, module=module, role=role, layer=layer,
                     side=side, cross=cross, layer_kind=kind, part=part,
                 )  # fmt: skip
 
-    def _leaf_roles(
-        self, name: str, module: nn.Module, kind: str, block: Block | None
-    ) -> tuple[list[str], bool]:
+    def _leaf_parts(self, name: str, module: nn.Module, kind: str, block: Block | None) -> tuple[Parts, bool]:
+        """Return the roles of a layer, or of its slices, and whether it is part of cross-attention."""
         if block is None and kind in OUTSIDE_BLOCKS:
-            return [OUTSIDE_BLOCKS[kind] if kind != "linear" or "pooler" in name.split(".") else ""], False
+            role = OUTSIDE_BLOCKS[kind]
+            return [(role if kind != "linear" or "pooler" in name.split(".") else "", None)], False
         if block is None or kind not in ("linear", "conv1d"):
             inside = block is not None and any(name.startswith(a + ".") for a, _, _ in block.attentions)
-            return (["norm"] if kind == "norm" and not inside else [""]), False
+            return [("norm" if kind == "norm" and not inside else "", None)], False
         leaf = name.rsplit(".", 1)[-1]
-        for attention, _, cross in block.attentions:
-            if name.startswith(attention + "."):
-                return list(FUSED.get(leaf, (_alias(leaf, ("query", "key", "value", "output")),))), cross
-            beside = attention.rsplit(".", 1)[0] + "."
-            if beside != block.name + "." and name.startswith(beside):
-                return ["output"], cross
+        for path, attention, cross in block.attentions:
+            if name.startswith(path + "."):
+                fused = fused_parts(leaf, attention, *_shape(module, kind))
+                return [*fused] or [(alias(leaf, ATTENTION), None)], cross
+            parent = path.rsplit(".", 1)[0]
+            if "att" in parent.rsplit(".", 1)[-1].lower() and name.startswith(f"{parent}."):
+                return [("output", None)], cross
         if leaf == "dense":
-            return ["up" if name.split(".")[-2] == "intermediate" else "down"], False
-        role = _alias(leaf, ("gate", "up", "down")) or ("down" if leaf == "c_proj" else "")
-        return [role], False
+            return [("up" if name.split(".")[-2] == "intermediate" else "down", None)], False
+        halves = gated_parts(leaf, _shape(module, kind)[0])
+        return [*halves] or [(alias(leaf, FEED_FORWARD) or self._in_sequence(name), None)], False
+
+    def _in_sequence(self, name: str) -> str:
+        """Return the role of a layer of a feed-forward written as nn.Sequential: first up, last down."""
+        path, _, leaf = name.rpartition(".")
+        parent = self.modules[path]
+        if not isinstance(parent, nn.Sequential):
+            return ""
+        linear = [n for n, m in parent.named_children() if layer_kind(m) == "linear"]
+        return {linear[0]: "up", linear[-1]: "down"}.get(leaf, "") if len(linear) > 1 else ""
 
     def _head_modules(self) -> list[nn.Module]:
         model = self.model
@@ -228,21 +244,29 @@ class Anatomy:
                 yield from self._ffn(block, site, norms[-1] if norms else None)
 
     def _ffn(self, block: Block, down: ModuleSite, norm: nn.Module | None) -> Iterator[SublayerSite]:
-        path = down.name.rsplit(".", 1)[0]
-        if path == block.name:
-            return
+        path = down.name.split("[")[0].rsplit(".", 1)[0]
         module = self.modules[path]
-        if _is_post_norm(module):
-            up = next(s for s in self.leaves if s.role == "up" and self._inside.get(id(s.module)) is block)
-            yield self._post_norm(block, "ffn", module, Tap(up.module, 0, "input"), up.in_features, False)
-            return
-        yield from self._sublayer(block, "ffn", path, module, norm, False)
+        ups = (s for s in self.leaves if s.role == "up" and self._inside.get(id(s.module)) is block)
+        up = next(ups, None)
+        if path != block.name and not _is_post_norm(module):
+            yield from self._sublayer(block, "ffn", path, module, norm, False)
+        elif up is not None and path != block.name:
+            tap = Tap(up.module, 0, "input")
+            yield self._post_norm(block, "ffn", module, tap, up.in_features, False)
+        elif up is not None and up.name.rsplit(".", 1)[0] == path:
+            # BART writes both layers into the block: y is what the second gives, before the dropout.
+            yield SublayerSite(
+                name=self._named(block, "ffn"), module=down.module, role="ffn", layer=block.layer,
+                side=block.side, features=up.in_features, x=Tap(up.module, 0, "input"),
+            )  # fmt: skip
 
     def _sublayer(
         self, block: Block, role: str, name: str, module: nn.Module, norm: nn.Module | None, cross: bool
     ) -> Iterator[SublayerSite]:
         parent = self.modules[name.rsplit(".", 1)[0]]
-        features = self._features_read(name, block)
+        features = self._features_read(name)
+        if not features:
+            return
         beside = getattr(parent, "output", None)
         if parent is not block.module and isinstance(beside, nn.Module) and _is_post_norm(beside):
             yield self._post_norm(block, role, beside, Tap(module, 0, "hidden_states"), features, cross)
@@ -271,15 +295,17 @@ class Anatomy:
             residual=Tap(output, 1, "input_tensor"), norm=norm,
         )  # fmt: skip
 
-    def _features_read(self, name: str, block: Block) -> int:
-        inside = [s for s in self.leaves if s.name.startswith(name + ".") and s.is_linear]
-        return inside[0].in_features
+    def _features_read(self, name: str) -> int:
+        """Return how many features the first linear layer below a path reads; 0 if there is none."""
+        return next((s.in_features for s in self.leaves if s.name.startswith(name + ".") and s.is_linear), 0)
 
     def _attention_sites(self) -> list[AttentionSite]:
         groups: dict[tuple[str, bool], list[AttentionSite]] = {}
         for block in self.blocks:
             for name, module, cross in block.attentions:
                 site = self._attention(block, name, module, cross)
+                if site is None:
+                    continue
                 group = groups.setdefault((site.side, site.cross), [])
                 site.index = len(group)
                 group.append(site)
@@ -288,13 +314,16 @@ class Anatomy:
                 site.count = len(group)
         return [site for group in groups.values() for site in group]
 
-    def _attention(self, block: Block, name: str, module: nn.Module, cross: bool) -> AttentionSite:
+    def _attention(self, block: Block, name: str, module: nn.Module, cross: bool) -> AttentionSite | None:
+        """Return the attention as a site if queries, keys and values have heads of one size."""
         by_role = {s.role: s for s in self.leaves if s.name.startswith(name + ".")}
-        query, key = by_role["query"], by_role["key"]
-        dim = next(
-            (int(getattr(module, n)) for n in ("head_dim", "attention_head_size", "key_value_proj_dim")
-             if isinstance(getattr(module, n, None), int)), query.out_features,
-        )  # fmt: skip
+        query, key, value = (by_role.get(role) for role in ("query", "key", "value"))
+        if query is None or key is None or value is None or key.out_features != value.out_features:
+            return None
+        heads, shared = of(module, HEADS), of(module, KV_HEADS) or of(module, HEADS)
+        if heads and shared and query.out_features * shared != key.out_features * heads:
+            return None  # latent attention: its keys have a part that no layer of their own makes
+        dim = of(module, DIMS) or query.out_features
         return AttentionSite(
             name=name, module=module, role="attention", layer=block.layer, side=block.side, cross=cross,
             features=query.in_features, heads=query.out_features // dim,
@@ -329,28 +358,15 @@ def layer_kind(module: nn.Module) -> str | None:
     return "norm" if "Norm" in name and weight is not None and weight.dim() == 1 else None
 
 
-def _alias(leaf: str, roles: tuple[str, ...]) -> str:
-    return next((role for role in roles if leaf in ALIASES[role]), "")
-
-
-def _is_attention(module: nn.Module) -> bool:
-    children = dict(module.named_children())
-    if any(fused in children for fused in FUSED):
-        return True
-    return all(any(a in children for a in ALIASES[role]) for role in ("query", "key", "value"))
+def _shape(module: nn.Module, kind: str) -> tuple[int, int]:
+    """Return (out, in) of a linear layer."""
+    weight: Any = module.weight
+    if kind == "conv1d":
+        return int(weight.shape[1]), int(weight.shape[0])
+    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
 
 
 def _is_post_norm(module: nn.Module) -> bool:
     """Whether `module` is BERT's shape of output: dense, dropout, add, norm."""
     kinds = [layer_kind(m) for m in module.children()]
     return "norm" in kinds and "linear" in kinds and isinstance(getattr(module, "dropout", None), nn.Dropout)
-
-
-def _slices(module: nn.Module, roles: list[str]) -> Iterator[tuple[str, tuple[int, int] | None]]:
-    if len(roles) == 1:
-        yield roles[0], None
-        return
-    weight: Any = module.weight
-    width = weight.shape[1] // len(roles)
-    for i, role in enumerate(roles):
-        yield role, (i * width, (i + 1) * width)

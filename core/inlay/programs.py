@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from inlay.context import At, Slot, take_first
 from inlay.delta import Change, Delta, WeightDelta
-from inlay.sites import ModuleSite, Site, SublayerSite
+from inlay.sites import ModuleSite, Site, Slice, SublayerSite
 from inlay.weights import Dequantised, Level, as_stored, holds_bias, is_quantised
 
 Base = Callable[..., Any]
@@ -41,16 +41,14 @@ class Member:
 
     delta: Delta
     at: At
-    part: tuple[int, int] | None = None
+    part: Slice | None = None
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y with this member's change."""
         if self.part is None:
             return y + self.change(x, y)
-        start, stop = self.part
-        inner = y[..., start:stop]
-        inner = inner + self.change(x, inner)
-        return torch.cat((y[..., :start], inner, y[..., stop:]), dim=-1)
+        inner = self.part.take(y, -1)
+        return self.part.put(y, inner + self.change(x, inner), -1)
 
     def change(self, x: Tensor, y: Tensor) -> Tensor:
         change: Tensor = self.delta(x, y, self.at)

@@ -101,8 +101,7 @@ def read(site: ModuleSite) -> tuple[Tensor, Tensor | None]:
     bias = None if bias is None else wide(bias)
     if site.part is None:
         return weight, bias
-    start, stop = site.part
-    return weight[start:stop], None if bias is None else bias[start:stop]
+    return site.part.take(weight, 0), None if bias is None else site.part.take(bias, 0)
 
 
 def holds_bias(site: ModuleSite) -> bool:
@@ -145,19 +144,16 @@ def _spliced(
     from dataclasses import replace
 
     assert site.part is not None
-    start, stop = site.part
     whole, whole_bias = read(replace(site, part=None))
     if site.weight_name in changed:
         whole = wide(changed[site.weight_name])
         whole = whole.T if site.layer_kind == "conv1d" else whole
         held = changed.get(site.bias_name or "")
         whole_bias = whole_bias if held is None else wide(held)
-    whole = whole.clone()
-    whole[start:stop] = weight
     if bias is not None:
-        whole_bias = torch.zeros_like(whole[:, 0]) if whole_bias is None else whole_bias.clone()
-        whole_bias[start:stop] = bias
-    return whole, whole_bias
+        whole_bias = torch.zeros_like(whole[:, 0]) if whole_bias is None else whole_bias
+        whole_bias = site.part.put(whole_bias, bias, 0)
+    return site.part.put(whole, weight, 0), whole_bias
 
 
 def _dequantised(module: Any) -> Tensor:

@@ -52,7 +52,7 @@ def test_starts_as_the_base_and_matches_the_formula(family: str) -> None:
         A, B = generator_A[:, : site.in_features], generator_B[: site.out_features]
         change = torch.diag(delta.lambda_b) @ B @ torch.diag(delta.lambda_d) @ A
         module = reference.get_submodule(site.name.split("[")[0])
-        start, stop = site.part or (0, site.out_features)
+        start, stop = (site.part.start, site.part.stop) if site.part else (0, site.out_features)
         with torch.no_grad():
             weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
             weight[start:stop] += change

@@ -56,7 +56,7 @@ class Place(NamedTuple):
     def view(self, tensor: Tensor) -> Tensor:
         """Return a tensor shaped like this one as folds see it: (out, in), cut to the site's slice."""
         tensor = tensor.T if self.name == "weight" and self.site.layer_kind == "conv1d" else tensor
-        return tensor if self.site.part is None else tensor[slice(*self.site.part)]
+        return tensor if self.site.part is None else self.site.part.take(tensor, 0)
 
     @property
     def size(self) -> int:

@@ -9,6 +9,7 @@ from inlay.sites.site import (
     SublayerSite,
     Tap,
 )
+from inlay.sites.slice import Slice
 
 __all__ = [
     "AttentionSite",
@@ -16,6 +17,7 @@ __all__ = [
     "ModuleSite",
     "SequenceSite",
     "Site",
+    "Slice",
     "SublayerSite",
     "Tap",
 ]

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from inlay.sites.slice import Slice
+
 
 @dataclass(eq=False, kw_only=True)
 class Site:
@@ -43,14 +45,14 @@ class Site:
 
 @dataclass(eq=False, kw_only=True)
 class ModuleSite(Site):
-    """A leaf layer, or a slice `[start, stop)` of a fused projection's outputs.
+    """A leaf layer, or a slice of a fused projection's outputs.
 
     `layer_kind` is "linear", "conv1d" (weights stored (in, out)), "conv2d", "embedding", "norm" or
     "parameter" (any other module's own tensor, named by `weight_name`).
     """
 
     layer_kind: str
-    part: tuple[int, int] | None = None
+    part: Slice | None = None
     weight_name: str = "weight"
     bias_name: str | None = "bias"
 
@@ -91,7 +93,7 @@ class ModuleSite(Site):
             shape = (weight.shape[0], int(module.in_channels))  # type: ignore[arg-type]
         else:
             shape = (weight.shape[-1], weight.shape[-1])
-        return shape if self.part is None else (self.part[1] - self.part[0], shape[1])
+        return shape if self.part is None else (self.part.size, shape[1])
 
     @property
     def output_scale(self) -> float:
