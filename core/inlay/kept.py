@@ -49,14 +49,14 @@ def beside(cache: Any) -> dict[Any, Any]:
 def follow(cache: Any) -> None:
     """Let what is kept beside `cache` be reordered with it."""
     if not isinstance(cache, Follows):
-        cache.__class__ = _following(type(cache))
+        cache.__class__ = _following(type(cache))  # type: ignore[arg-type]
 
 
 @cache
-def _following(kind: type) -> type:
+def _following(kind: Any) -> Any:
     return type(kind.__name__, (Follows, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
-def _rebuild(kind: type) -> Any:
+def _rebuild(kind: Any) -> Any:
     following = _following(kind)
     return following.__new__(following)

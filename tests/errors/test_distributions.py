@@ -125,7 +125,9 @@ def test_hooks_that_would_not_be_called_right(
 def test_a_method_without_delta_and_inject(odd: Callable[[str], None], base: nn.Module) -> None:
     """The one hook that `Method` cannot answer by itself."""
     odd(shift().replace("def delta(", "def dleta("))
-    match = r"the method 'odd' does not say what its delta is[\s\S]*Shift defines neither delta\(\) nor inject"
+    match = (
+        r"the method 'odd' does not say what its delta is[\s\S]*Shift defines neither delta\(\) nor inject"
+    )
     with refused(RegistryError, match, model=base) as caught:
         inlay.attach(base, "odd(targets=['0'])")
     assert caught.error.__notes__ == ["raised by 'odd' of odd-pack 2.1 in its hook 'inject'"]

@@ -12,23 +12,24 @@ import runpy
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from environments import ROOT, Wheels, output
 from environments import environment as make
 
-METHOD, OBSERVER = ROOT / "contrib" / "dconv", ROOT / "contrib" / "journal"
+COMMAND, METHOD, OBSERVER = (ROOT / "contrib" / name for name in ("train", "dconv", "journal"))
 STRANGERS = {METHOD: r"dconv|DConv", OBSERVER: r"inlay[_-]journal|contrib/journal|INLAY_JOURNAL"}
 POINTING = {"docs/write-a-method.md", "docs/hooks.md", "README.md", "README.zh.md", "CHANGELOG.md"}
-QUICK = ("R01", "R08", "R14", "R25", "R26", "R27", "R28", "R34")
+QUICK = ("R01", "R08", "R26", "R27", "R28", "R34")
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 counting = runpy.run_path(str(ROOT / "benchmarks" / "counting.py"))
 
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory, wheels: Wheels) -> Path:
-    """The python of an environment with core and the two packages, all from wheels."""
-    return make(tmp_path_factory.mktemp("strangers") / "env", wheels, ROOT, METHOD, OBSERVER)
+    """The python of an environment with core, the command line and the two packages, all from wheels."""
+    return make(tmp_path_factory.mktemp("strangers") / "env", wheels, ROOT, COMMAND, METHOD, OBSERVER)
 
 
 @pytest.fixture
@@ -48,24 +49,41 @@ def run_tests(python: Path, *arguments: str, cwd: Path) -> int:
     return int(passed)
 
 
-def test_the_method_is_found_and_works_by_its_readme(python: Path) -> None:
-    offers = json.loads(
-        output(python, "-c", "import inlay, json; print(json.dumps(sorted(inlay.methods())))")
-    )
-    assert offers == ["dconv", "trained"]
-    for package in STRANGERS:
-        blocks = PYTHON.findall((package / "README.md").read_text())
-        assert blocks, package
-        output(python, "-W", "error", "-c", "\n".join(blocks))
+def test_both_are_found_and_work_as_their_readmes_say(python: Path) -> None:
+    pages = [PYTHON.findall((package / "README.md").read_text()) for package in STRANGERS]
+    assert all(pages)
+    code = "\n".join([*(block for blocks in pages for block in blocks), "print(sorted(inlay.methods()))"])
+    assert output(python, "-W", "error", "-c", code).splitlines()[-1] == "['dconv', 'trained']"
+
+
+def check(python: Path, *arguments: str, cwd: Path) -> dict[str, Any]:
+    """Run `inlay check`, which must find all well; return its report."""
+    said = output(python.with_name("inlay"), "check", *arguments, "--json", cwd=cwd, OMP_NUM_THREADS="1")
+    report: dict[str, Any] = json.loads(said)
+    assert report["good"], report
+    assert report["counts"]["failed"] == report["counts"]["excused"] == 0
+    return report
 
 
 def test_the_method_keeps_some_rules(python: Path, tests: Path) -> None:
-    assert run_tests(python, "dconv/test_conformance.py", "-k", " or ".join(QUICK), cwd=tests) == len(QUICK)
+    report = check(python, "dconv/test_conformance.py", "--rules", ",".join(QUICK), cwd=tests)
+    assert report["counts"]["passed"] == len(QUICK)
 
 
 @pytest.mark.slow
 def test_the_method_keeps_every_rule(python: Path, tests: Path) -> None:
-    assert run_tests(python, "dconv/test_conformance.py", cwd=tests) > 30
+    report = check(python, "dconv/test_conformance.py", cwd=tests)
+    assert report["counts"]["passed"] > 30
+    outcomes = {rule["outcome"] for rule in report["rules"]}
+    assert outcomes == {"passed", "other"}  # other: rules about merging, which it does not
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_alone_can_be_checked(python: Path, tmp_path: Path) -> None:
+    """Without its tests, whose place a class derived from its settings takes."""
+    report = check(python, "inlay-dconv", "--rules", "R01,R20,R28", cwd=tmp_path)
+    assert report["derived"]
+    assert (report["version"], report["counts"]["passed"]) == ("0.1.0", 3)
 
 
 @pytest.mark.slow

@@ -138,7 +138,7 @@ def test_padding_is_known_in_static_caches_and_their_sliding_windows(family: str
     model, ids, lengths = adapted(family), tokens(length=7), (3, 5, 7)
     padded, mask = ids.clone(), torch.ones_like(ids)
     for row, length in enumerate(lengths):
-        padded[row, :-length], mask[row, :-length] = 0, 0
+        padded[row, :-length], mask[row, :-length] = 5, 0  # any token: that of padding embeds as zeros
     together, logits = generated(model, padded, attention_mask=mask, cache_implementation="static")
     assert SEEN[0] == mask.tolist()
     assert SEEN[-1] == [[1], [1], [1]]

@@ -19,23 +19,31 @@ CLOSE = 1e-5  # float32: sums are split and ordered otherwise
 CODERS = ("llama", "gpt2", "t5")
 
 
-def padded(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return a text batch whose rows have different lengths; images as they are."""
+def padded(batch: dict[str, Any], *, left: bool = False) -> dict[str, Any]:
+    """Return a text batch whose rows have different lengths; images as they are.
+
+    Padded on the left it says at what positions the tokens stand, as transformers' `generate` does.
+    """
     if "input_ids" not in batch:
         return batch
     mask = torch.ones_like(batch["input_ids"])
     for number, row in enumerate(mask):
         row[len(row) - number % 3 :] = 0
-    return {**batch, "attention_mask": mask}
+    if not left:
+        return {**batch, "attention_mask": mask}
+    mask = mask.flip(1)
+    return {**batch, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
-def cut(batch: Mapping[str, Any], row: int) -> tuple[dict[str, Any], int | None]:
-    """Return one row of a padded batch without its padding, and its length."""
+def cut(batch: Mapping[str, Any], row: int) -> tuple[dict[str, Any], slice]:
+    """Return one row of a padded batch without its padding, and where its tokens were."""
     one = {key: value[row : row + 1] for key, value in batch.items()}
     if "attention_mask" not in one:
-        return one, None
-    length = int(one.pop("attention_mask").sum())
-    return {**one, "input_ids": one["input_ids"][:, :length]}, length
+        return one, slice(None)
+    real = one.pop("attention_mask")[0].nonzero().flatten()
+    own = slice(int(real[0]), int(real[-1]) + 1)
+    one.pop("position_ids", None)
+    return {**one, "input_ids": one["input_ids"][:, own]}, own
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -59,8 +67,8 @@ def same_gradients(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], ho
 @rule(
     "R27",
     "Every row is its own",
-    means="a row of a padded batch gives at its own tokens what it gives alone and without padding, to "
-    "1e-5, whatever shapes were seen before.",
+    means="a row of a batch padded on the right (decoders: on the left too) gives at its own tokens "
+    "what it gives alone and without padding, to 1e-5, whatever shapes were seen before.",
     usually="a delta mixes rows or positions, keeps a tensor of an earlier call's shape, or ignores "
     "the mask.",
     dtypes=("float32",),
@@ -69,14 +77,15 @@ def same_gradients(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], ho
 def rows_are_their_own(case: Case) -> None:
     model = case.attached()
     stir(model, case)
-    batch = padded(batch_for(model, rows=4, seed=case.seed))
-    together = output(model, batch)
-    for row in range(4):
-        one, length = cut(batch, row)
-        alone, mine = output(model, one), together[row : row + 1]
-        if alone.dim() == 3 and case.family != "t5":  # a decoder's own tokens are all there
-            mine = mine[:, :length]
-        need(close(mine, alone, CLOSE), f"row {row} is {share(mine, alone):.1e} off the row alone")
+    for left in (False, True) if case.family in ("llama", "gpt2") else (False,):
+        batch = padded(batch_for(model, rows=4, seed=case.seed), left=left)
+        together = output(model, batch)
+        for row in range(4):
+            one, own = cut(batch, row)
+            alone, mine = output(model, one), together[row : row + 1]
+            if alone.dim() == 3 and case.family != "t5":  # a decoder's own tokens are all there
+                mine = mine[:, own]
+            need(close(mine, alone, CLOSE), f"row {row} is {share(mine, alone):.1e} off the row alone")
 
 
 @rule(
