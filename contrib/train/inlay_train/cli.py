@@ -9,11 +9,13 @@ from typing import Any
 
 import typer
 
+from inlay_train.commands.check import check
 from inlay_train.commands.compare import compare
 from inlay_train.commands.demo import demo
 from inlay_train.commands.inspect import inspect
 from inlay_train.commands.merge import merge
 from inlay_train.commands.methods import methods
+from inlay_train.commands.new import new
 from inlay_train.commands.plan import plan
 from inlay_train.commands.predict import predict
 from inlay_train.commands.train import train
@@ -40,5 +42,5 @@ def telling_errors(command: Callable[..., None]) -> Callable[..., None]:
     return told
 
 
-for command in (methods, plan, train, predict, inspect, merge, compare, demo):
+for command in (methods, plan, train, predict, inspect, merge, compare, demo, new, check):
     app.command()(telling_errors(command))

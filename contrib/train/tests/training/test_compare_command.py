@@ -19,7 +19,7 @@ from inlay_train.compare import report
 from inlay_train.compare.setup import listed
 from inlay_train.predict import Predictor
 
-METHODS = "head; lora(rank=4, alpha=8.0); lora(rank=4) + p_tuning_v2(length=4)"
+METHODS = "lora(rank=4, alpha=8.0); lora(rank=4) + p_tuning_v2(length=4)"
 Write = Callable[..., Path]
 
 
