@@ -1,0 +1,1 @@
+"""`inlay new`: a package with one working method, written from templates."""
