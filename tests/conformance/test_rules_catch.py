@@ -26,7 +26,8 @@ def case_of(mistake: Mistake, rule: Rule, **declared: Any) -> Case:
     kind, seen = mistake.kind, {"merges": True, **mistake.declared, **declared}
     joined = Joined(kind, st.builds(kind, how=st.just(mistake.how)), **seen)
     dtype = getattr(torch, rule.dtypes[0])
-    return Case("llama", dtype, (Member("subject", kind(how=mistake.how), joined),), seed=mistake.seed)
+    family = rule.among(("llama", "bert"))[0]
+    return Case(family, dtype, (Member("subject", kind(how=mistake.how), joined),), seed=mistake.seed)
 
 
 def quietly(rule: Rule, subject: Case | Joined) -> None:

@@ -25,7 +25,7 @@ PAIRED = [RULES[n] for n in ("R01", "R02", "R04", "R06", "R09", "R11", "R15", "R
 def pair(draw: st.DrawFn, inner: Joined, outer: Joined, rule: Rule, turn: int) -> Case | None:
     """Draw `outer` above `inner` on a family both know, another one for each pair; None if there is none."""
     families = [f for f in FAMILIES if f in inner.families and f in outer.families]
-    if not families:
+    if not families or (inner.replaces and outer.replaces):  # the upper would hide the lower: refused
         return None
     stack = (draw(members(inner, "inner")), draw(members(outer, "outer")))
     dtype = getattr(torch, rule.dtypes[turn % len(rule.dtypes)])
