@@ -64,7 +64,7 @@ def pip(python: Path, wheels: Path, *arguments: str) -> None:
 
 def output(program: Path, *arguments: str, cwd: Path | None = None, **variables: str) -> str:
     """Run a program of an environment (there, by default) and return what it prints; fail if it does."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "INLAY_"))}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PYTEST_", "INLAY_"))}
     done = subprocess.run(
         [str(program), *arguments], cwd=cwd or program.parents[1], env={**clean, **variables},
         capture_output=True, text=True, check=False,

@@ -91,6 +91,7 @@ def test_the_saved_adapter_does_what_was_reported(told: tuple[Report, str, Path]
     assert (adapted - bare).norm() > 0.1 * bare.norm()
 
 
+@pytest.mark.slow
 def test_another_run_in_the_same_folder_gives_the_same_to_the_bit(told: tuple[Report, str, Path]) -> None:
     report, _, folder = told
     before = {f.name for f in (folder / "adapter").iterdir()}

@@ -84,6 +84,7 @@ def test_rates_are_chosen_on_training_rows_alone(
     assert len((tmp_path / "out" / "data" / "learn.jsonl").read_text().splitlines()) == 60
 
 
+@pytest.mark.slow  # tests/compare/test_budget.py solves; this trains with what was solved
 def test_sizes_are_solved_for_a_budget(models: dict[str, Path], table: Write, tmp_path: Path) -> None:
     content = report.run(
         values(models, table(), steps=1), "lora; p_tuning_v2", tmp_path / "out", seeds=1, rates="1",
