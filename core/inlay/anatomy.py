@@ -18,11 +18,10 @@ from inlay.roles import (
     ATTENTION,
     DIMS,
     FEED_FORWARD,
-    HEADS,
-    KV_HEADS,
     alias,
     fused_parts,
     gated_parts,
+    heads_of,
     is_attention,
     of,
 )
@@ -320,8 +319,8 @@ class Anatomy:
         query, key, value = (by_role.get(role) for role in ("query", "key", "value"))
         if query is None or key is None or value is None or key.out_features != value.out_features:
             return None
-        heads, shared = of(module, HEADS), of(module, KV_HEADS) or of(module, HEADS)
-        if heads and shared and query.out_features * shared != key.out_features * heads:
+        known = heads_of(module, query.out_features)
+        if known and query.out_features * known[1] != key.out_features * known[0]:
             return None  # latent attention: its keys have a part that no layer of their own makes
         dim = of(module, DIMS) or query.out_features
         return AttentionSite(

@@ -67,7 +67,7 @@ def _refuse_hidden(built: Sequence[Placed]) -> None:
     for placed in built:
         for site, delta in placed.adapter.placed:
             under = below.setdefault(site.name, placed)
-            if under is not placed and getattr(delta, "replaces", False):
+            if under is not placed and delta.replaces:
                 raise AttachError(
                     f"{under.path!r} would learn for nothing at {site.name}",
                     saw=f"{placed.path!r}, above it, puts its own values there",

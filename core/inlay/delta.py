@@ -40,6 +40,7 @@ class Delta(nn.Module):
 
     face: ClassVar[str]
     reads: ClassVar[frozenset[str]] = frozenset()
+    replaces: ClassVar[bool] = False  # whether it puts values in the place of what is below it
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return (weight, bias) with this delta folded in: pure, (out, in), float32 or wider."""
@@ -96,7 +97,6 @@ class WeightDelta(Delta):
     """
 
     face: ClassVar[str] = "weight"
-    replaces: ClassVar[bool] = False
 
     def forward(self, level: Weights) -> Change:
         raise NotImplementedError

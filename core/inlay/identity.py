@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from inlay.delta import WeightDelta
 from inlay.stack import State, only_base, state_of
 from inlay.weights import is_quantised, tensors_of, whole
 
@@ -80,7 +79,7 @@ def _replaced(state: State | None) -> set[str]:
     paths = {id(m): n for n, m in state.model.named_modules()}
     for placed in state.placed.values():
         for site, delta in placed.adapter.placed:
-            if isinstance(delta, WeightDelta) and delta.replaces:
+            if delta.replaces:
                 path = paths[id(site.module)]
                 names |= {f"{path}.{n}".lstrip(".") for n, _ in site.module.named_parameters(recurse=False)}
     return names

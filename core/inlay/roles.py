@@ -7,7 +7,6 @@ all others do. A finding is used only if the shapes bear it out.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
@@ -86,7 +85,7 @@ def side_by_side(attention: nn.Module, rows: int, width: int) -> Parts:
 def head_by_head(attention: nn.Module, rows: int, width: int) -> Parts:
     """Each head's query, key and value beside each other (GPT-NeoX, Bloom, Persimmon, DeBERTa)."""
     known = heads_of(attention, width)
-    if known is None or known[0] * known[2] * 3 != rows:
+    if known is None:
         return []
     heads, _, dim = known
     return run(("query", dim), ("key", dim), ("value", dim), groups=heads)
@@ -108,7 +107,7 @@ def falcon(attention: nn.Module, rows: int, width: int) -> Parts:
 def big_code(attention: nn.Module, rows: int, width: int) -> Parts:
     """GPTBigCode: one key and value for all heads, or as `head_by_head`."""
     if getattr(attention, "multi_query", False):
-        shared: Any = (rows - width) // 2
+        shared = (rows - width) // 2
         return run(("query", width), ("key", shared), ("value", shared))
     return head_by_head(attention, rows, width)
 
@@ -120,9 +119,8 @@ def codegen(attention: nn.Module, rows: int, width: int) -> Parts:
 
 def latent(attention: nn.Module, rows: int, width: int) -> Parts:
     """Multi-head latent attention: what expands the latent gives each head's key and value."""
-    heads, key, value = (of(attention, (n,)) for n in ("num_heads", "qk_nope_head_dim", "v_head_dim"))
-    heads = heads or of(attention, HEADS)
-    if heads is None or key is None or value is None or heads * (key + value) != rows:
+    heads, key, value = (of(attention, n) for n in (HEADS, ("qk_nope_head_dim",), ("v_head_dim",)))
+    if heads is None or key is None or value is None:
         return []
     return run(("key", key), ("value", value), groups=heads)
 
@@ -141,9 +139,13 @@ GATED = {"gate_up_proj": ("gate", "up"), "Wi": ("gate", "up")}  # two halves; th
 
 
 def fused_parts(leaf: str, attention: nn.Module, rows: int, width: int) -> Parts:
-    """Return the slices of a fused projection inside an attention module, none where they are not known."""
+    """Return the slices of a fused projection inside an attention module, none where they are not known.
+
+    Slices that do not make up the layer's rows are no finding.
+    """
     layout = OTHERWISE.get((leaf, type(attention).__module__.split(".")[-2]), FUSED.get(leaf))
-    return [] if layout is None else layout(attention, rows, width)
+    parts = [] if layout is None else layout(attention, rows, width)
+    return parts if sum(part.size for _, part in parts) == rows else []
 
 
 def gated_parts(leaf: str, rows: int) -> Parts:

@@ -10,6 +10,7 @@ from torch import nn
 
 import inlay
 from inlay import InlayError
+from inlay.authoring import Trained
 
 # What training sets in a model's configuration.
 ALIGNED = ("problem_type", "pad_token_id", "bos_token_id", "eos_token_id")
@@ -81,3 +82,18 @@ def quantised_base_accepted(model: Any, adapter: str | None) -> Iterator[None]:
 def four_bit_layers(model: nn.Module) -> list[nn.Module]:
     """Return bitsandbytes' layers of 4 bits."""
     return [m for m in model.modules() if any(kind.__name__ == "Linear4bit" for kind in type(m).__mro__)]
+
+
+def heads(model: nn.Module | None) -> tuple[str, ...]:
+    """Return the names of the model's heads: they are not quantised."""
+    try:
+        planned = inlay.plan(model, Trained())  # type: ignore[arg-type]
+    except InlayError:
+        return ()
+    return tuple(site.name for part in planned.parts for site in part.sites)
+
+
+def reaches_heads(model: nn.Module, stack: Any) -> bool:
+    """Return whether the stack acts on the model's heads by itself, so that nothing need learn beside it."""
+    reached = {site.name for part in inlay.plan(model, stack).parts for site in part.sites}
+    return reached.issuperset(heads(model))

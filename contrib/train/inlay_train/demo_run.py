@@ -13,6 +13,7 @@ from torch import nn
 
 import inlay
 from inlay_train import data, encoder, learning
+from inlay_train.adapted import reaches_heads
 from inlay_train.compare import measure
 from inlay_train.compare.store import Job, Outcome
 from inlay_train.encoder import Encoded, accuracy, logits
@@ -58,11 +59,7 @@ def run(job: Job, folder: Path) -> Outcome:
 
 def beside(model: nn.Module, stack: str) -> tuple[str, ...]:
     """Return what learns beside the stack: the head, unless the stack reaches it by itself."""
-    own, head = (
-        {site.name for part in inlay.plan(model, text).parts for site in part.sites}
-        for text in (stack, "trained")
-    )
-    return () if head <= own else ("head",)
+    return () if reaches_heads(model, stack) else ("head",)
 
 
 def labelled(texts: Encoded, batch: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -20,6 +20,7 @@ from inlay.manifest import MAX_BYTES
 from inlay_train import base
 from inlay_train.checkpoints import Saved, read
 from inlay_train.folder import TASK
+from inlay_train.refusal import check_new
 
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json",
              "chat_template*", "preprocessor_config.json", "processor_config.json")  # fmt: skip
@@ -43,7 +44,7 @@ def merged(folder: Path, model: str, output: Path, *, other_base: bool = False) 
 
     Everything that can be refused is refused before the output is touched.
     """
-    check_output(output)
+    check_new(output, do="choose another folder; nothing is overwritten")
     saved = read(folder)
     check_methods(saved)
     source = base.folder_of(model)
@@ -60,18 +61,6 @@ def merged(folder: Path, model: str, output: Path, *, other_base: bool = False) 
     write(module, source, output)
     parts = [part.name for part in saved.parts]
     return Merged(str(output), kind.__name__, parts, len(report.sites), report.worst, notes)
-
-
-def check_output(output: Path) -> None:
-    """Refuse an output that holds anything."""
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if output.exists() or output.is_symlink():
-        raise InlayError(
-            "the output is not a new or empty folder",
-            saw=ascii(str(output)),
-            do="choose another folder; nothing is overwritten",
-        )
 
 
 def check_methods(saved: Saved) -> None:

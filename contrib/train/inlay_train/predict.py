@@ -13,8 +13,8 @@ import torch
 import inlay
 from inlay import InlayError
 from inlay_train import base, loading
+from inlay_train.adapted import heads
 from inlay_train.folder import TASK
-from inlay_train.prepare import heads
 from inlay_train.table import read
 from inlay_train.tasks import TASKS, Columns
 

@@ -15,6 +15,7 @@ from inlay import InlayError
 from inlay.authoring import Trained
 from inlay.stack import Stack, parse
 from inlay_train import base
+from inlay_train.adapted import heads, reaches_heads
 from inlay_train.config import RunConfig, from_yaml, merged, validated
 from inlay_train.expression import check_installed
 from inlay_train.folder import Folder
@@ -159,11 +160,9 @@ def trained_beside(
     if config.train is not None or not default or not isinstance(stack, Stack) or skeleton is None:
         return default if config.train is None else config.train
     try:
-        planned = inlay.plan(skeleton, stack)
+        return () if reaches_heads(skeleton, stack) else default
     except InlayError:
         return default  # what is wrong with the stack is told by itself
-    reached = {site.name for part in planned.parts for site in part.sites}
-    return () if reached.issuperset(heads(skeleton)) else default
 
 
 def with_trained(stack: Stack | bool | None, train: tuple[str, ...]) -> Stack | None:
@@ -194,15 +193,6 @@ def check_bits(config: RunConfig) -> None:
             saw=f"--bits {config.bits}, and no such package",
             do="pip install bitsandbytes",
         )
-
-
-def heads(skeleton: nn.Module | None) -> tuple[str, ...]:
-    """Return the names of the model's heads: they are not quantised."""
-    try:
-        planned = inlay.plan(skeleton, Trained())  # type: ignore[arg-type]
-    except InlayError:
-        return ()
-    return tuple(site.name for part in planned.parts for site in part.sites)
 
 
 def longest(config: RunConfig, model_config: Any, tokenizer: Any) -> int:

@@ -113,6 +113,24 @@ class Move:
                 tensor.copy_(start + self.size * noise)
 
 
+def acting(case: Case) -> nn.Module:
+    """Return a fresh model with the stack attached as "fr", each part of which has an effect."""
+    model = case.attached()
+    stir(model, case)
+    return model
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of every gradient there is, by the parameter's name."""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def without_gradient(model: nn.Module) -> list[str]:
+    """Return the names of what learns whose gradient is missing, of another dtype, or not finite."""
+    learning = [(name, p, p.grad) for name, p in model.named_parameters() if p.requires_grad]
+    return [n for n, p, g in learning if g is None or g.dtype != p.dtype or not g.isfinite().all()]
+
+
 def backward(model: nn.Module, seed: int = 0) -> None:
     """Run one forward and backward pass in training mode."""
     model.train()

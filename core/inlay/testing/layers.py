@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import inlay
 from inlay.delta import Delta
 from inlay.stack import need_state
+from inlay.testing.effects import gradients_of
 from inlay.testing.tools import lively
 
 
@@ -69,4 +70,4 @@ def gradients(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
     """Return the gradient of the loss on `batch` for every parameter that has one, by name."""
     model.zero_grad()
     model(**batch).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return gradients_of(model)

@@ -113,7 +113,7 @@ def tried(method: Method, family: str) -> Tried:
     try:
         case.attach(model)
         deltas = [d for p in need_state(model).placed.values() for _, d in p.adapter.placed]
-        found = Tried(any(getattr(d, "replaces", False) for d in deltas))
+        found = Tried(any(d.replaces for d in deltas))
         inlay.merge(model, [f"{NAME}/subject"], undo=False)
     except CannotMerge:
         return found

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from inlay_train.refusal import refusal
+from inlay_train.refusal import check_new, refusal
 from inlay_train.scaffold.names import Names, check_free
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -18,7 +18,7 @@ def create(names: Names, folder: Path) -> list[str]:
     """Write the package into `folder`, new or empty; return the paths of its files in it."""
     files = rendered(names)
     check_free(names, imported(files[f"{names.package}/__init__.py"]))
-    _check_folder(folder)
+    check_new(folder, do="choose another --output; nothing is overwritten")
     _write(files, folder)
     return sorted(files)
 
@@ -45,17 +45,6 @@ def imported(source: str) -> frozenset[str]:
     """Return the names a module imports."""
     found = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)]
     return frozenset(alias.asname or alias.name for node in found for alias in node.names)
-
-
-def _check_folder(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if folder.exists() or folder.is_symlink():
-        raise refusal(
-            "the output is not a new or empty folder",
-            saw=ascii(str(folder)),
-            do="choose another --output; nothing is overwritten",
-        )
 
 
 def _write(files: Mapping[str, str], folder: Path) -> None:

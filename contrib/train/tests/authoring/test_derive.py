@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Literal
 import pytest
 from torch import Tensor
 
-from inlay.authoring import At, Init, Method, OutputDelta, Site, Strategy, setting
+from inlay.authoring import At, Init, Method, Site, Strategy, setting
 from inlay.errors import RegistryError
 from inlay.registry import registry
+from inlay.testing.neighbours import Bend
 from inlay_train.check import derive
 from inlay_train.check.choices import configurations
 
@@ -90,19 +91,6 @@ def test_a_setting_of_which_no_value_is_known() -> None:
         list(configurations(Inside))
     assert "it has no default" in caught.value.saw
     assert "declare a conformance class" in caught.value.do
-
-
-class Bend(OutputDelta):
-    """Δy = g ⊙ tanh(y)."""
-
-    reads: ClassVar[frozenset[str]] = frozenset({"y"})
-
-    def __init__(self, site: Site, init: Init) -> None:
-        super().__init__()
-        self.gain = init.zeros(site.out_features)
-
-    def forward(self, x: Tensor, y: Tensor, at: At) -> Tensor:
-        return self.gain * y.tanh()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 import inlay
 from inlay.errors import ConfigError, InlayError
 from inlay.testing.cases import NAME, Case, lively_settings
-from inlay.testing.effects import backward, close, output, same_output, share, stir, tensors_of
+from inlay.testing.effects import (
+    backward,
+    close,
+    output,
+    same_output,
+    share,
+    stir,
+    tensors_of,
+    without_gradient,
+)
 from inlay.testing.models import FAMILIES
 from inlay.testing.quantised import PACKED_SIZES, packed
 from inlay.testing.rule import need, rule
@@ -91,8 +100,7 @@ def works_in_few_bits(case: Case) -> None:
         need(close(started, plain, max(1e-5, joined.start_tolerance)), "the output changed at the start")
     stir(model, case)
     backward(model)
-    learning = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    wrong = [n for n, gradient in learning.items() if gradient is None or not gradient.isfinite().all()]
+    wrong = without_gradient(model)
     need(not wrong, f"the gradient of {wrong[:1]} is missing or not finite")
     need(digest(_packed_tensors(model)) == base, "the packed weights changed")
 
@@ -113,6 +121,17 @@ class Plain(nn.Module):
         if labels is None:
             return logits
         return SimpleNamespace(logits=logits, loss=nn.functional.cross_entropy(logits, labels))
+
+
+def _learn(model: nn.Module, x: Tensor) -> None:
+    """Take three steps long enough to have an effect."""
+    optimizer = torch.optim.Adam(inlay.parameter_groups(model))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.05
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(x).square().mean() + inlay.auxiliary_loss(model)).backward()
+        optimizer.step()
 
 
 @rule(
@@ -137,13 +156,7 @@ def works_on_any_module(case: Case) -> None:
     before, plain = snapshot(model), model(x)
     data = [{"x": x, "labels": torch.arange(6) % 5}] if method.calibrates else None
     inlay.attach(model, method, NAME, seed=case.seed, data=data)
-    optimizer = torch.optim.Adam(inlay.parameter_groups(model))
-    for group in optimizer.param_groups:
-        group["lr"] = 0.05
-    for _ in range(3):
-        optimizer.zero_grad()
-        (model(x).square().mean() + inlay.auxiliary_loss(model)).backward()
-        optimizer.step()
+    _learn(model, x)
     adapted = model(x).detach()
     need(share(adapted, plain.detach()) > 0, "it changes nothing after three steps")
     with tempfile.TemporaryDirectory() as folder:

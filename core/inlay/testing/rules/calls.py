@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from inlay.testing.cases import Case
 from inlay.testing.decoding import stepwise, tokens, whole
-from inlay.testing.effects import backward, close, output, output_of, share, stir
+from inlay.testing.effects import (
+    acting,
+    backward,
+    close,
+    gradients_of,
+    output,
+    output_of,
+    share,
+    without_gradient,
+)
 from inlay.testing.models import batch_for
 from inlay.testing.rule import need, rule
 
@@ -50,7 +59,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Return the gradients of one training step, dropout and all, by name."""
     model.zero_grad()
     backward(model, seed=3)
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    found = gradients_of(model)
     model.zero_grad()
     return found
 
@@ -75,8 +84,7 @@ def same_gradients(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], ho
     share=0.5,
 )
 def rows_are_their_own(case: Case) -> None:
-    model = case.attached()
-    stir(model, case)
+    model = acting(case)
     for left in (False, True) if case.family in ("llama", "gpt2") else (False,):
         batch = padded(batch_for(model, rows=4, seed=case.seed), left=left)
         together = output(model, batch)
@@ -100,8 +108,7 @@ def rows_are_their_own(case: Case) -> None:
     families=CODERS,
 )
 def caches(case: Case) -> None:
-    model = case.attached()
-    stir(model, case)
+    model = acting(case)
     ids = tokens(rows=2, length=9, seed=case.seed)
     once, cached = whole(model, ids), stepwise(model, ids, None, (4, 2, 1, 1, 1))
     need(close(cached, once, CLOSE), f"through the cache the logits are {share(cached, once):.1e} off")
@@ -117,8 +124,7 @@ def caches(case: Case) -> None:
     share=0.5,
 )
 def checkpoints(case: Case) -> None:
-    model = case.attached()
-    stir(model, case)
+    model = acting(case)
     wanted = gradients(model)
     for reentrant in (False, True):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})  # type: ignore[operator]
@@ -136,8 +142,7 @@ def checkpoints(case: Case) -> None:
     share=0.5,
 )
 def autocasts(case: Case) -> None:
-    model = case.attached()
-    stir(model, case)
+    model = acting(case)
     plain = output(model)
     with torch.autocast("cpu", torch.bfloat16):
         base, adapted = output_of(model), output(model)
@@ -145,11 +150,7 @@ def autocasts(case: Case) -> None:
     need(adapted.dtype == base.dtype, f"the logits became {adapted.dtype}, the base's are {base.dtype}")
     off = max(share(base.float(), output_of(model)), 1e-2)
     need(share(adapted.float(), plain) <= 5 * off, f"the logits are {share(adapted.float(), plain):.1e} off")
-    wrong = [
-        name
-        for name, p in model.named_parameters()
-        if p.requires_grad and (p.grad is None or p.grad.dtype != p.dtype or not p.grad.isfinite().all())
-    ]
+    wrong = without_gradient(model)
     need(not wrong, f"the gradient of {wrong[:1]} is missing, of another dtype or not finite")
 
 
@@ -175,16 +176,14 @@ def fresh_compiler() -> Iterator[None]:
     alone=True,
 )
 def compiles(case: Case) -> None:
-    model = case.attached()
-    stir(model, case)
+    model = acting(case)
     batch = batch_for(model)
 
     def step(called: Any) -> tuple[Tensor, dict[str, Tensor]]:
         model.zero_grad()
         logits = called(**batch).logits
         logits.square().mean().backward()
-        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        return logits.detach(), found
+        return logits.detach(), gradients_of(model)
 
     wanted, learnt = step(model)
     with fresh_compiler():

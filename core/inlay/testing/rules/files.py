@@ -15,7 +15,7 @@ from torch import nn
 import inlay
 from inlay.testing import elsewhere
 from inlay.testing.cases import NAME, Case, tiny
-from inlay.testing.effects import output, output_of, same_output, stir, tensors_of, train
+from inlay.testing.effects import acting, output, output_of, same_output, tensors_of, train
 from inlay.testing.rule import need, rule
 from inlay.testing.snapshots import digest, same_bits
 
@@ -33,8 +33,7 @@ def reloaded(kind: Any, folder: str) -> nn.Module:
 
 def trained(case: Case) -> nn.Module:
     """Return a model whose stack has learnt a little and has an effect."""
-    model = case.attached()
-    stir(model, case)
+    model = acting(case)
     train(model, "SGD", steps=1)
     return model
 

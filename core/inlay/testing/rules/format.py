@@ -86,7 +86,7 @@ def format_stays(joined: Joined) -> None:
         path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     need(path.is_file(), f"there is no golden file {path}; write it with {WRITE}=1")
     golden = json.loads(path.read_text())
-    wrong = [k for k in golden.keys() | found.keys() if golden.get(k) != found.get(k)]
+    wrong = sorted(k for k in golden.keys() | found.keys() if golden.get(k) != found.get(k))
     need(not wrong, f"{path.name} and what is saved now differ in: {_differences(golden, found, wrong)}")
 
 

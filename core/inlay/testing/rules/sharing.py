@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import inlay
 from inlay.testing.cases import NAME, Case
-from inlay.testing.effects import close, output, output_of, same_output, share, stir, tensors_of, train
+from inlay.testing.effects import (
+    acting,
+    close,
+    output,
+    output_of,
+    same_output,
+    share,
+    stir,
+    tensors_of,
+    train,
+)
 from inlay.testing.models import batch_for
 from inlay.testing.rule import need, rule
 from inlay.testing.rules.attaching import no_trace
@@ -21,8 +31,7 @@ from inlay.testing.snapshots import same_bits, snapshot
     dtypes=("float32",),
 )
 def routes_rows(case: Case) -> None:
-    model = case.attached()
-    stir(model, case)
+    model = acting(case)
     case.attach(model, "de", seed=case.seed + 1)
     stir(model, case, "de")
     first, last = (f"{NAME}/{m.name}" for m in (case.members[0], case.members[-1]))
@@ -48,8 +57,7 @@ def routes_rows(case: Case) -> None:
     usually="a tensor lives on the class, in a default argument, or on the base module under a fixed name.",
 )
 def adapters_are_apart(case: Case) -> None:
-    model = case.attached()
-    stir(model, case)
+    model = acting(case)
     before, own, shown = snapshot(model), tensors_of(model), output(model)
     case.attach(model, "de", seed=case.seed + 1)
     same_output(shown, output_of(model, NAME), "attaching a second adapter")

@@ -11,7 +11,7 @@ import inlay
 from inlay import masks
 from inlay.stack import State, need_state
 from inlay.testing.cases import Case
-from inlay.testing.effects import OPTIMIZERS, backward, in_float64, output, stir, tensors_of, train
+from inlay.testing.effects import OPTIMIZERS, acting, backward, in_float64, output, stir, tensors_of, train
 from inlay.testing.models import batch_for
 from inlay.testing.rule import need, rule
 from inlay.testing.snapshots import digest, same_bits
@@ -134,8 +134,7 @@ STEP, RIGHT = 1e-5, 1e-5  # of the difference quotient; its error, by the gradie
     alone=True,
 )
 def gradients_are_right(case: Case) -> None:
-    model = case.attached()
-    stir(model, case)
+    model = acting(case)
     model = in_float64(model)
     batch = batch_for(model, rows=2)
 
