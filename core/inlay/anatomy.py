@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from inlay.experts import expert_sites, holds_experts
 from inlay.hosts import Deltas
 from inlay.roles import (
     ATTENTION,
@@ -44,6 +45,7 @@ class Block:
     layer: int
     side: str
     attentions: list[tuple[str, nn.Module, bool]] = field(default_factory=list)  # name, module, cross
+    whole: bool = True  # whether a call of it is the block's: XLM keeps its parts in lists of their own
 
 
 class Anatomy:
@@ -56,7 +58,8 @@ class Anatomy:
         self.blocks = self._find_blocks()
         self._inside = {id(m): block for block in self.blocks for m in block.module.modules()}
         self.leaves: list[ModuleSite] = list(self._leaves())
-        self._whole = {id(s.module): s for s in self.leaves if s.part is None}
+        self._whole = {id(s.module): s for s in self.leaves if s.part is None and s.expert is None}
+        self._named_so: dict[str, int] = {}  # how many sublayers a block has of one role: most one
         self.sublayers: list[SublayerSite] = [s for b in self.blocks for s in self._sublayers(b)]
         self.attentions: list[AttentionSite] = self._attention_sites()
 
@@ -70,7 +73,7 @@ class Anatomy:
         return [
             BlockSite(name=b.name, module=b.module, role="block", layer=b.layer, side=b.side,
                       features=sublayer.get(b.layer, 0))
-            for b in self.blocks
+            for b in self.blocks if b.whole
         ]  # fmt: skip
 
     def sequence_sites(self) -> list[SequenceSite]:
@@ -117,30 +120,42 @@ class Anatomy:
     # -- blocks ----------------------------------------------------------------------------------
 
     def _find_blocks(self) -> list[Block]:
-        attentions = [(n, m) for n, m in self.modules.items() if is_attention(m)]
+        """Return the elements of every list that holds attentions: in hybrids not each has one."""
+        attentions = {n: m for n, m in self.modules.items() if is_attention(m)}
+        paths = {name: path for name in attentions if (path := self._block_path(name, attentions))}
         blocks: dict[str, Block] = {}
-        for name, module in attentions:
-            path = self._block_path(name, [n for n, _ in attentions])
-            if path is None:
-                continue
-            if path not in blocks:
-                blocks[path] = Block(path, self.modules[path], int(path.rsplit(".", 1)[-1]), self._side(path))
+        for owner in dict.fromkeys(path.rpartition(".")[0] for path in paths.values()):
+            for held in self._lists_beside(owner, attentions):
+                whole = held == owner and f"{owner}.0" not in attentions
+                for number in range(len(self.modules[held])):  # type: ignore[arg-type]
+                    path = f"{held}.{number}"
+                    blocks[path] = Block(path, self.modules[path], number, self._side(path), whole=whole)
+        for name, path in paths.items():
             inner = name[len(path) :].lower()
             cross = any(word in inner for word in ("cross", "encdec", "encoder_attn"))
-            blocks[path].attentions.append((name, module, cross))
+            blocks[path].attentions.append((name, attentions[name], cross))
         return list(blocks.values())
 
-    def _block_path(self, name: str, attentions: list[str]) -> str | None:
-        """Return the outermost list element above `name` that holds at most two attentions."""
+    def _block_path(self, name: str, attentions: Iterable[str]) -> str | None:
+        """Return the outermost list element, `name` itself or above it, that holds at most two attentions."""
         parts = name.split(".")
-        for end in range(1, len(parts)):
+        for end in range(1, len(parts) + 1):
             path = ".".join(parts[:end])
             parent = self.modules[".".join(parts[: end - 1])]
-            held = sum(a.startswith(path + ".") for a in attentions) if parts[end - 1].isdigit() else 3
+            held = sum(f"{a}.".startswith(path + ".") for a in attentions) if parts[end - 1].isdigit() else 3
             is_list = isinstance(self.modules[path], nn.ModuleList)  # blocks in stages: a list of lists
             if isinstance(parent, nn.ModuleList) and held <= 2 and not is_list:
                 return path
         return None
+
+    def _lists_beside(self, owner: str, attentions: Iterable[str]) -> list[str]:
+        """Return a list of blocks; of attentions alone, with those beside it that are as long (XLM)."""
+        if f"{owner}.0" not in attentions:
+            return [owner]
+        above = self.modules[owner.rpartition(".")[0]]
+        beside = {n: m for n, m in above.named_children() if isinstance(m, nn.ModuleList)}
+        prefix = owner[: -len(owner.rpartition(".")[2])]
+        return [prefix + n for n, m in beside.items() if len(m) == len(self.modules[owner])]  # type: ignore[arg-type]
 
     def _side(self, path: str) -> str:
         if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
@@ -159,10 +174,11 @@ class Anatomy:
         embeddings = self._called_embeddings()
         for name, module in self.modules.items():
             kind = layer_kind(module)
-            if kind is None:
-                continue
             block = self._inside.get(id(module))
             layer, side = (block.layer, block.side) if block else (None, "")
+            if kind is None:
+                yield from expert_sites(name, module, layer, side) if holds_experts(module) else ()
+                continue
             parts, cross = self._leaf_parts(name, module, kind, block)
             if id(module) in heads:
                 parts = [("head", None)]
@@ -190,8 +206,10 @@ class Anatomy:
             parent = path.rsplit(".", 1)[0]
             if "att" in parent.rsplit(".", 1)[-1].lower() and name.startswith(f"{parent}."):
                 return [("output", None)], cross
+        if "att" in name[len(block.name) :].lower():  # of an attention that is none we know
+            return [("", None)], False
         if leaf == "dense":
-            return [("up" if name.split(".")[-2] == "intermediate" else "down", None)], False
+            return [("up" if name.split(".")[-2] in ("intermediate", "dense") else "down", None)], False
         halves = gated_parts(leaf, _shape(module, kind)[0])
         return [*halves] or [(alias(leaf, FEED_FORWARD) or self._in_sequence(name), None)], False
 
@@ -238,12 +256,20 @@ class Anatomy:
             first = norms[0] if norms and not cross else None
             role = "cross_attention" if cross else "attention"
             yield from self._sublayer(block, role, name, module, first, cross)
-        for site in self.leaves:
-            if site.layer == block.layer and site.role == "down" and self._inside[id(site.module)] is block:
-                yield from self._ffn(block, site, norms[-1] if norms else None)
+        downs = (s for s in self.leaves if s.role == "down" and self._inside.get(id(s.module)) is block)
+        for path, site in {self._around(s): s for s in downs}.items():
+            yield from self._ffn(block, path, site, norms[-1] if norms else None)
 
-    def _ffn(self, block: Block, down: ModuleSite, norm: nn.Module | None) -> Iterator[SublayerSite]:
-        path = down.name.split("[")[0].rsplit(".", 1)[0]
+    def _around(self, down: ModuleSite) -> str:
+        """Return the path of the feed-forward a down-projection is part of: of all experts' together."""
+        path = down.name.split("[")[0].rpartition(".")[0]
+        parts = path.split(".")
+        if "experts" in parts:
+            return ".".join(parts[: parts.index("experts")])
+        above = path.rpartition(".")[0]
+        return above if f"{above}.experts" in self.modules else path
+
+    def _ffn(self, block: Block, path: str, down: ModuleSite, norm: nn.Module | None) -> Iterator[SublayerSite]:
         module = self.modules[path]
         ups = (s for s in self.leaves if s.role == "up" and self._inside.get(id(s.module)) is block)
         up = next(ups, None)
@@ -282,7 +308,9 @@ class Anatomy:
     def _named(self, block: Block, role: str) -> str:
         """Return a name of the sublayer's own: ViT calls the attention module so, too."""
         name = f"{block.name}.{role}"
-        return f"{name}[sublayer]" if name in self.modules else name
+        name = f"{name}[sublayer]" if name in self.modules else name
+        count = self._named_so[name] = self._named_so.get(name, 0) + 1
+        return name if count == 1 else f"{name}[{count}]"
 
     def _post_norm(
         self, block: Block, role: str, output: nn.Module, x: Tap, features: int, cross: bool

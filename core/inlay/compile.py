@@ -12,6 +12,7 @@ from inlay.attention import AttentionPort, Columns, PromptColumns, RoutedColumns
 from inlay.context import At, Call
 from inlay.delta import Delta
 from inlay.errors import AttachError
+from inlay.experts import Experts, RoutedExperts
 from inlay.hosts import HostPort
 from inlay.ports import BlockPort, Port
 from inlay.programs import Member, Routed, Table, Tapped, WeightMember, needs_overlay, program_of
@@ -72,10 +73,13 @@ def _program(state: State, port: Port, plans: Sequence[StackPlan], taps: Taps, p
         return _attention_program(state, port.site, plans, prompts)
     kinds = (BlockSite,) if isinstance(port, BlockPort) else (ModuleSite, SublayerSite)
     here = [[e for e in plan.entries.get(port.module, []) if isinstance(e[1], kinds)] for plan in plans]
-    programs = [program_of(members_of(state, entries), state.slot) for entries in here]
+    site = next((e[1] for entries in here for e in entries), None)
+    of_experts = isinstance(site, ModuleSite) and site.expert is not None
+    make, routed = (Experts.of, RoutedExperts) if of_experts else (program_of, Routed)
+    programs = [make(members_of(state, entries), state.slot) for entries in here]
     program: Any = programs[0]
-    if len(programs) > 1 and any(programs):
-        program = Routed(programs, state.slot, next(e[1] for entries in here for e in entries))
+    if len(programs) > 1 and site is not None:
+        program = routed(programs, state.slot, site)
     keep = taps.get(port.module) if isinstance(port, HostPort) else None
     return Tapped(keep, state.slot, program) if keep else program
 
@@ -184,4 +188,4 @@ def _apart(a: Site, b: Site) -> bool:
     """Whether two sites on one module are different tensors or slices of it (these never overlap partly)."""
     if not (isinstance(a, ModuleSite) and isinstance(b, ModuleSite)):
         return False
-    return a.weight_name != b.weight_name or bool(a.part and b.part)
+    return a.weight_name != b.weight_name or a.expert != b.expert or bool(a.part and b.part)

@@ -169,25 +169,31 @@ def _merge_module(
     report: MergeReport,
     written: list[tuple[nn.Module, str, Tensor | None]],
 ) -> None:
-    """Fold every chosen entry of one module, slice by slice."""
+    """Fold every chosen entry of one module: at each of its slices and experts, then written at once."""
     sites: dict[str, list[Entry]] = {}
     for entry in entries:
         if entry[0].id in folds:
             sites.setdefault(entry[1].name, []).append(entry)
-    for here in sites.values():
-        site = here[0][1]
-        assert isinstance(site, ModuleSite)
-        check_can_write(state, site)
-        with torch.no_grad():
+    changed: list[tuple[ModuleSite, Tensor, Tensor | None]] = []
+    measured: list[tuple[float, float | None]] = []
+    with torch.no_grad():
+        for here in sites.values():
+            site = here[0][1]
+            assert isinstance(site, ModuleSite)
+            if all(site.weight_name != other.weight_name for other, _, _ in changed):
+                check_can_write(state, site)
             weight, bias = read(site)
             folded = _folded(here, folds, weight, bias)
             error = _measured(state, here, (weight, bias), folded)
             _check_result(site, here, folded, error, tolerance)
-            written += _write(site.module, as_stored(site, *folded))
-            change = folded[0] - weight
-            lost = (read(site)[0] - folded[0]).norm() / change.norm().clamp(min=1e-30)
-        names = tuple(dict.fromkeys(p.path for p, _, _ in here))
-        report.sites.append(MergedSite(site.name, names, float(change.norm()), error, float(lost)))
+            changed.append((site, *folded))
+            measured.append((float((folded[0] - weight).norm()), error))
+        if changed:
+            written += _write(changed[0][0].module, as_stored(changed))
+        for here, (site, weight, _), (change, error) in zip(sites.values(), changed, measured, strict=True):
+            lost = float((read(site)[0] - weight).norm()) / max(change, 1e-30)
+            parts = tuple(dict.fromkeys(p.path for p, _, _ in here))
+            report.sites.append(MergedSite(site.name, parts, change, error, lost))
 
 
 def _folded(

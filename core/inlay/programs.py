@@ -160,13 +160,14 @@ class Overlay(Onion):
         Nothing may compute them again: neither a parametrization, whose class has a property of
         that name, nor an attribute that a hook sets (both weight norms of torch).
         """
-        changed: dict[str, Tensor] = {}
         shift: Tensor | None = None
+        levels: list[tuple[ModuleSite, Tensor, Tensor | None]] = []
         for level in self.levels:
             weight, bias = level.tensors()
             if not holds_bias(level.site):
                 shift, bias = bias, None
-            changed.update(as_stored(level.site, weight, bias, changed))
+            levels.append((level.site, weight, bias))
+        changed = as_stored(levels)
         shadow: Any = object.__new__(self.kind)
         attributes = {k: v for k, v in module.__dict__.items() if k not in changed}
         shadow.__dict__ = {**attributes, "_parameters": {**module._parameters, **changed}}

@@ -120,7 +120,10 @@ def _everything_under(anatomy: Anatomy, modules: Iterable[object]) -> list[Site]
 
 def _by_name(anatomy: Anatomy, method: Method, pattern: str) -> list[Site]:
     names = [n for n in anatomy.modules if n and matches(n, pattern)]
-    found: list[Site] = [s for s in anatomy.leaves if s.name == pattern and s.kind in method.accepts]
+    found: list[Site] = [
+        s for s in anatomy.leaves
+        if s.kind in method.accepts and (s.name == pattern or (s.expert is not None and _meant(s, pattern)))
+    ]  # fmt: skip
     for name in names:
         found += _named(anatomy, method, name)
     if "attention" not in method.accepts and "sublayer" not in method.accepts and pattern == "":
@@ -142,6 +145,12 @@ def _named(anatomy: Anatomy, method: Method, name: str) -> list[Site]:
     elif leaf is None and not hits and "parameter" in accepts:
         hits += anatomy.parameters_under(module)
     return hits
+
+
+def _meant(site: ModuleSite, pattern: str) -> bool:
+    """Whether a pattern names the layer of experts that a site is in, or the tensor that holds its matrix."""
+    layer = site.name.split("[")[0]
+    return matches(layer, pattern) or matches(f"{layer}.{site.weight_name}", pattern)
 
 
 def matches(name: str, pattern: str) -> bool:

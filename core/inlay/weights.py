@@ -7,7 +7,7 @@ a bare tensor's weight keeps its own shape. Slices of fused projections are cut 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,65 +95,64 @@ def read(site: ModuleSite) -> tuple[Tensor, Tensor | None]:
     bias = stored(site.module, site.bias_name) if site.bias_name else None
     if weight is None:
         raise AttributeError(f"{site.name} has no tensor {site.weight_name!r}")
-    weight = wide(weight).T if site.layer_kind == "conv1d" else wide(weight)
+    weight = wide(site.cut(weight))
     if site.layer_kind == "norm":
         weight = weight + norm_offset(type(site.module))  # type: ignore[arg-type]
-    bias = None if bias is None else wide(bias)
-    if site.part is None:
-        return weight, bias
-    return site.part.take(weight, 0), None if bias is None else site.part.take(bias, 0)
+    return weight, None if bias is None else wide(site.cut(bias))
 
 
 def holds_bias(site: ModuleSite) -> bool:
     """Return whether the site's module adds a bias where it has one (an RMSNorm never does)."""
-    return site.has_bias or site.is_linear or site.layer_kind == "conv2d"
+    return site.has_bias or (site.is_linear and site.expert is None) or site.layer_kind == "conv2d"
 
 
-def as_stored(
-    site: ModuleSite, weight: Tensor, bias: Tensor | None, changed: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Return the module's full tensors, in storage layout and dtype, that hold (weight, bias) at the site.
-
-    `changed` are full tensors that hold other slices of a fused projection already.
-    """
-    module = site.module
-    old, old_bias = stored(module, site.weight_name), stored(module, site.bias_name or "")
-    assert old is not None
-    if site.layer_kind == "norm":
-        weight = weight - norm_offset(type(module))  # type: ignore[arg-type]
-    if bias is not None and not holds_bias(site):
-        raise CannotMerge(
-            "a bias has no place here",
-            saw=f"{site.name} is a {type(module).__name__} without a bias",
-            do="keep this part attached, or leave norms without a bias out of its targets",
-        )
-    if site.part is not None:
-        weight, bias = _spliced(site, weight, bias, changed or {})
-    weight = weight.T if site.layer_kind == "conv1d" else weight
-    dtype = old.dtype if old.is_floating_point() else weight.dtype
-    tensors = {site.weight_name: weight.to(dtype).contiguous()}
-    if bias is not None and site.bias_name:
-        tensors[site.bias_name] = bias.to(dtype if old_bias is None else old_bias.dtype).contiguous()
-    return tensors
+def as_stored(changed: Iterable[tuple[ModuleSite, Tensor, Tensor | None]]) -> dict[str, Tensor]:
+    """Return one module's full tensors, in storage layout and dtype, that hold (weight, bias) at its sites."""
+    pieces: dict[str, list[tuple[ModuleSite, Tensor]]] = {}
+    for site, weight, bias in changed:
+        if site.layer_kind == "norm":
+            weight = weight - norm_offset(type(site.module))  # type: ignore[arg-type]
+        pieces.setdefault(site.weight_name, []).append((site, weight))
+        if bias is None:
+            continue
+        if not holds_bias(site) or site.bias_name is None:
+            raise CannotMerge(
+                "a bias has no place here",
+                saw=f"{site.name} is a {type(site.module).__name__} without a bias",
+                do="keep this part attached, or leave layers without a bias out of its targets",
+            )
+        pieces.setdefault(site.bias_name, []).append((site, bias))
+    return {name: _assembled(name, parts) for name, parts in pieces.items()}
 
 
-def _spliced(
-    site: ModuleSite, weight: Tensor, bias: Tensor | None, changed: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor | None]:
-    """Return the whole fused projection's tensors with the slice's rows replaced."""
-    from dataclasses import replace
+def _assembled(name: str, parts: Sequence[tuple[ModuleSite, Tensor]]) -> Tensor:
+    """Return a module's tensor `name` with `parts`, (out, in) or (out,), in the places of their sites."""
+    site, part = parts[0]
+    old = stored(site.module, name)
+    like = stored(site.module, site.weight_name) if old is None else old
+    assert like is not None
+    dtype = like.dtype if like.is_floating_point() else part.dtype
+    if site.part is None and site.expert is None:
+        return site.turned(part).to(dtype).contiguous()
+    if old is not None and not old.is_floating_point():
+        old = _dequantised(site.module)
+    if old is None:  # a bias that a fused projection has not
+        old = torch.zeros_like(site.turned(like)[:, 0])
+    if site.expert is None:
+        return _spliced(old, parts).to(dtype).contiguous()
+    rows = list(old.unbind(0))
+    for expert in dict.fromkeys(s.expert for s, _ in parts if s.expert is not None):
+        rows[expert] = _spliced(rows[expert], [(s, p) for s, p in parts if s.expert == expert])
+    return torch.stack(rows)
 
-    assert site.part is not None
-    whole, whole_bias = read(replace(site, part=None))
-    if site.weight_name in changed:
-        whole = wide(changed[site.weight_name])
-        whole = whole.T if site.layer_kind == "conv1d" else whole
-        held = changed.get(site.bias_name or "")
-        whole_bias = whole_bias if held is None else wide(held)
-    if bias is not None:
-        whole_bias = torch.zeros_like(whole[:, 0]) if whole_bias is None else whole_bias
-        whole_bias = site.part.put(whole_bias, bias, 0)
-    return site.part.put(whole, weight, 0), whole_bias
+
+def _spliced(matrix: Tensor, parts: Sequence[tuple[ModuleSite, Tensor]]) -> Tensor:
+    """Return a stored matrix, or a bias, with the rows of slices replaced."""
+    matrix = parts[0][0].turned(matrix)
+    for site, part in parts:
+        part = part.to(matrix.dtype)
+        matrix = part if site.part is None else site.part.put(matrix, part, 0)
+    return parts[0][0].turned(matrix)
 
 
 def _dequantised(module: Any) -> Tensor:

@@ -26,6 +26,10 @@ TASKS = {
 }
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers",
           "num_decoder_layers", "num_encoder_layers")  # fmt: skip
+HYBRIDS: dict[str, dict[str, Any]] = {  # in whose default configurations no layer has attention
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 16},
+}
 MOST = 8  # layers: hybrids alternate their kinds within as many
 NEEDED = ("query", "key", "value", "output", "up", "down")
 METHODS = ("lora", "serial_adapter", "prefix_tuning", "ia3", "bitfit")
@@ -56,22 +60,22 @@ def kinds() -> dict[str, tuple[str, str]]:
     return found
 
 
-def shrink(config: Any, depth: int = 0) -> None:
-    """Leave a configuration, and those inside it, few layers; nothing else costs on the meta device."""
+def shrink(config: Any, depth: int = 0, most: int = MOST) -> None:
+    """Leave a configuration, and those inside it, at most `most` layers; else nothing costs on the meta device."""
     sizes = {n: getattr(config, n, None) for n in LAYERS}
-    smaller: dict[str, Any] = {n: MOST for n, v in sizes.items() if isinstance(v, int) and v > MOST}
+    smaller: dict[str, Any] = {n: most for n, v in sizes.items() if isinstance(v, int) and v > most}
     if isinstance(each := getattr(config, "layer_types", None), list):
-        smaller["layer_types"] = each[:MOST]
+        smaller["layer_types"] = each[:most]
     for name, value in smaller.items():
         with suppress(Exception):  # a derived or checked value: left as it is
             setattr(config, name, value)
     for value in vars(config).values():
         if hasattr(value, "to_dict") and depth < 3:
-            shrink(value, depth + 1)
+            shrink(value, depth + 1, most)
 
 
 def built(kind: str, model_type: str) -> nn.Module:
-    config = CONFIG_MAPPING[model_type]()
+    config = CONFIG_MAPPING[model_type](**HYBRIDS.get(model_type, {}))
     shrink(config)
     with torch.device("meta"):
         made: nn.Module = getattr(transformers, kind)(config)

@@ -51,12 +51,11 @@ class Place(NamedTuple):
 
     @property
     def key(self) -> Any:
-        return id(self.tensor), self.site.part
+        return id(self.tensor), self.site.part, self.site.expert
 
     def view(self, tensor: Tensor) -> Tensor:
         """Return a tensor shaped like this one as folds see it: (out, in), cut to the site's slice."""
-        tensor = tensor.T if self.name == "weight" and self.site.layer_kind == "conv1d" else tensor
-        return tensor if self.site.part is None else self.site.part.take(tensor, 0)
+        return self.site.cut(tensor)
 
     @property
     def size(self) -> int:

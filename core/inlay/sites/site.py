@@ -45,14 +45,16 @@ class Site:
 
 @dataclass(eq=False, kw_only=True)
 class ModuleSite(Site):
-    """A leaf layer, or a slice of a fused projection's outputs.
+    """A leaf layer, a slice of a fused projection's outputs, or one expert's matrix among all experts'.
 
     `layer_kind` is "linear", "conv1d" (weights stored (in, out)), "conv2d", "embedding", "norm" or
-    "parameter" (any other module's own tensor, named by `weight_name`).
+    "parameter" (any other module's own tensor, named by `weight_name`). `expert` is the place in a
+    3-D tensor that holds one such matrix per expert.
     """
 
     layer_kind: str
     part: Slice | None = None
+    expert: int | None = None
     weight_name: str = "weight"
     bias_name: str | None = "bias"
 
@@ -85,8 +87,11 @@ class ModuleSite(Site):
     def _features(self) -> tuple[int, int]:
         """(out, in) of the layer or slice; a vector of n features counts as (n, n)."""
         module, weight = self.module, getattr(self.module, self.weight_name)
-        if self.layer_kind == "linear":
+        weight = weight if self.expert is None else weight[self.expert]
+        if self.layer_kind == "linear" and self.weight_name == "weight":  # it may be packed
             shape = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
+        elif self.layer_kind == "linear":
+            shape = (weight.shape[0], weight.shape[1])
         elif self.layer_kind == "conv1d" or self.layer_kind == "embedding":
             shape = (weight.shape[1], weight.shape[0])
         elif self.layer_kind == "conv2d":
@@ -94,6 +99,16 @@ class ModuleSite(Site):
         else:
             shape = (weight.shape[-1], weight.shape[-1])
         return shape if self.part is None else (self.part.size, shape[1])
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """Return this site's part of one of its module's tensors, a matrix as (out, in)."""
+        own = whole if self.expert is None else whole[self.expert]
+        own = self.turned(own)
+        return own if self.part is None else self.part.take(own, 0)
+
+    def turned(self, matrix: Tensor) -> Tensor:
+        """Turn a matrix as it is stored into (out, in), or back; a vector stays."""
+        return matrix.T if self.layer_kind == "conv1d" and matrix.dim() == 2 else matrix
 
     @property
     def output_scale(self) -> float:
