@@ -5,6 +5,7 @@ Methods (LoRA, adapters, prefixes, …) come as packages of their own and stack 
     inlay.attach(model, LoRA(rank=8) + PrefixTuning(length=16), train=("head",))
 """
 
+from inlay.anatomy import anatomy
 from inlay.attach import attach, detach, set_trainable
 from inlay.checkpoint import load, save
 from inlay.combine import combine
@@ -20,7 +21,7 @@ methods = registry.methods
 observe = registry.observing
 
 __all__ = [
-    "CannotMerge", "InlayError", "advance", "attach", "auxiliary_loss", "check_training", "combine", "detach",
-    "load", "merge", "methods", "observe", "parameter_groups", "plan", "route", "save", "set_trainable",
-    "stages", "summary", "unmerge", "use",
+    "CannotMerge", "InlayError", "advance", "anatomy", "attach", "auxiliary_loss", "check_training",
+    "combine", "detach", "load", "merge", "methods", "observe", "parameter_groups", "plan", "route", "save",
+    "set_trainable", "stages", "summary", "unmerge", "use",
 ]  # fmt: skip

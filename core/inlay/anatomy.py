@@ -7,12 +7,14 @@ attention modules; roles inside come from a short table of the names model autho
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from inlay.corrections import KEPT, Role, parts_of, remember, told
+from inlay.errors import ConfigError
 from inlay.experts import expert_sites, holds_experts
 from inlay.hosts import Deltas
 from inlay.roles import (
@@ -55,6 +57,7 @@ class Anatomy:
         self.model = model
         self.modules: dict[str, nn.Module] = _base_modules(model)
         self.names: dict[nn.Module, str] = {module: name for name, module in self.modules.items()}
+        self.told: dict[str, Role] = told(model, list(self.modules))
         self.blocks = self._find_blocks()
         self._inside = {id(m): block for block in self.blocks for m in block.module.modules()}
         self.leaves: list[ModuleSite] = list(self._leaves())
@@ -67,6 +70,34 @@ class Anatomy:
     def family(self) -> str:
         """A word for the model in messages."""
         return type(self.model).__name__
+
+    def __str__(self) -> str:
+        from inlay.tree import drawn
+
+        return drawn(self)
+
+    __repr__ = __str__
+
+    def override(self, roles: Mapping[str, Role]) -> Anatomy:
+        """Correct what was found, for this model object: {pattern of module names: role}; return it anew.
+
+        A role is that of a layer ("query", "up", "norm", …, "" for none), "attention" for a module
+        that is one, or the sizes of consecutive slices: {"query": 64, "key": 16, "value": 16}. A
+        pattern is a name's last components or a glob, as in targets.
+
+        Raises `ConfigError`, nothing remembered, where a pattern names no module, a role is unknown,
+        or slices do not make up their layer.
+        """
+        before = self.model.__dict__.get(KEPT)
+        remember(self.model, roles, list(self.modules))
+        try:
+            return Anatomy(self.model)
+        except ConfigError:
+            if before is None:
+                del self.model.__dict__[KEPT]
+            else:
+                self.model.__dict__[KEPT] = before
+            raise
 
     def block_sites(self) -> list[BlockSite]:
         sublayer = {s.layer: s.features for s in self.sublayers}
@@ -121,7 +152,9 @@ class Anatomy:
 
     def _find_blocks(self) -> list[Block]:
         """Return the elements of every list that holds attentions: in hybrids not each has one."""
-        attentions = {n: m for n, m in self.modules.items() if is_attention(m)}
+        attentions = {
+            n: m for n, m in self.modules.items() if self.told.get(n) == "attention" or is_attention(m)
+        }
         paths = {name: path for name in attentions if (path := self._block_path(name, attentions))}
         blocks: dict[str, Block] = {}
         for owner in dict.fromkeys(path.rpartition(".")[0] for path in paths.values()):
@@ -180,7 +213,9 @@ class Anatomy:
                 yield from expert_sites(name, module, layer, side) if holds_experts(module) else ()
                 continue
             parts, cross = self._leaf_parts(name, module, kind, block)
-            if id(module) in heads:
+            if name in self.told:
+                parts = parts_of(name, self.told[name], _shape(module, kind)[0])
+            elif id(module) in heads:
                 parts = [("head", None)]
             elif module in embeddings:
                 parts = [("embedding", None)]
@@ -269,7 +304,9 @@ class Anatomy:
         above = path.rpartition(".")[0]
         return above if f"{above}.experts" in self.modules else path
 
-    def _ffn(self, block: Block, path: str, down: ModuleSite, norm: nn.Module | None) -> Iterator[SublayerSite]:
+    def _ffn(
+        self, block: Block, path: str, down: ModuleSite, norm: nn.Module | None
+    ) -> Iterator[SublayerSite]:
         module = self.modules[path]
         ups = (s for s in self.leaves if s.role == "up" and self._inside.get(id(s.module)) is block)
         up = next(ups, None)
@@ -356,6 +393,17 @@ class Anatomy:
             features=query.in_features, heads=query.out_features // dim,
             kv_heads=key.out_features // dim, head_dim=dim,
         )  # fmt: skip
+
+
+def anatomy(model: nn.Module) -> Anatomy:
+    """Return which module of `model` plays which role; printed, it is a tree with the roles beside it.
+
+    Cheap, and works on the meta device. What it missed can be corrected: see `Anatomy.override`.
+    """
+    from inlay.plan import check_module
+
+    check_module(model, "anatomy")
+    return Anatomy(model)
 
 
 def _base_modules(model: nn.Module) -> dict[str, nn.Module]:

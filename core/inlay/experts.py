@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,23 +136,15 @@ class RoutedExperts(Routed):
             if not len(tokens):
                 continue
             mine = tuple(t[tokens] for t in given)
-            part = base(*mine) if program is None else self.on_tokens(owners[tokens], program, module, base, mine)
+            run = partial(base, *mine) if program is None else partial(program, module, base, mine, {})
+            part = self.on_rows(owners[tokens], run)
             out = given[0].new_zeros(given[0].shape) if out is None else out
             out = out.index_copy(0, tokens, part)
         return out
 
-    def on_tokens(self, owners: Tensor, program: Any, module: nn.Module, base: Any, mine: Any) -> Tensor:
-        before = self.slot.rows
-        self.slot.rows = owners
-        try:
-            result: Tensor = program(module, base, mine, {})
-            return result
-        finally:
-            self.slot.rows = before
-
 
 def owners_of(slot: Slot, site: Site, x: Tensor) -> Tensor | None:
-    """Return which row of the batch each of x's tokens (batch · length, d) belongs to; None if nobody asks."""
+    """Return the row of the batch that each of x's tokens (batch · length, d) is of; None if nobody asks."""
     batch = None if slot.call is None else slot.call.batch
     if slot.rows is not None or batch is None:
         return slot.rows

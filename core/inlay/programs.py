@@ -199,7 +199,7 @@ class Routed(Program):
     once per distinct program on that program's rows.
     """
 
-    def __init__(self, programs: Sequence[Onion | None], slot: Slot, site: Site) -> None:
+    def __init__(self, programs: Sequence[Program | None], slot: Slot, site: Site) -> None:
         super().__init__(slot, next((p.reads for p in programs if p is not None), None))
         self.programs, self.site = tuple(programs), site
         self.once = all(p is None or (type(p) is Onion and not p.inputs) for p in programs)

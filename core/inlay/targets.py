@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from inlay.anatomy import ROLES, Anatomy
+from inlay.corrections import matches
 from inlay.errors import TargetError, near, shown
 from inlay.method import Method
 from inlay.sites import ModuleSite, Site
@@ -151,13 +151,6 @@ def _meant(site: ModuleSite, pattern: str) -> bool:
     """Whether a pattern names the layer of experts that a site is in, or the tensor that holds its matrix."""
     layer = site.name.split("[")[0]
     return matches(layer, pattern) or matches(f"{layer}.{site.weight_name}", pattern)
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a module path is meant: exactly, by its last components, or by a glob on the whole path."""
-    if any(c in pattern for c in "*?["):
-        return fnmatch.fnmatchcase(name, pattern)
-    return name == pattern or name.endswith("." + pattern)
 
 
 def _in_layers(sites: list[Site], method: Method) -> list[Site]:

@@ -107,7 +107,7 @@ def holds_bias(site: ModuleSite) -> bool:
 
 
 def as_stored(changed: Iterable[tuple[ModuleSite, Tensor, Tensor | None]]) -> dict[str, Tensor]:
-    """Return one module's full tensors, in storage layout and dtype, that hold (weight, bias) at its sites."""
+    """Return one module's full tensors, as it stores them, that hold (weight, bias) at its sites."""
     pieces: dict[str, list[tuple[ModuleSite, Tensor]]] = {}
     for site, weight, bias in changed:
         if site.layer_kind == "norm":

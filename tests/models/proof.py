@@ -11,20 +11,19 @@ import survey
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import inlay
 from inlay import InlayError
 from inlay.anatomy import Anatomy
-from inlay.hosts import CHILD
+from inlay.stack import state_of
 
 ROLES = ("query", "key", "value", "output", "gate", "up", "down")
 SMALL = {
-    **dict.fromkeys(["hidden_size", "d_model", "n_embd", "embed_dim", "hidden_dim", "dim", "embedding_size", "emb_dim",
-                     "word_embed_proj_dim"], 32),
-    **dict.fromkeys(["intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "d_inner", "n_inner",
-                     "ffn_hidden_size"], 48),
+    **dict.fromkeys(["hidden_size", "d_model", "n_embd", "embed_dim", "hidden_dim", "dim",
+                     "embedding_size", "emb_dim", "word_embed_proj_dim"], 32),
+    **dict.fromkeys(["intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "d_inner",
+                     "n_inner", "ffn_hidden_size"], 48),
     **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size"], 24),
     **dict.fromkeys(["num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads",
                      "decoder_attention_heads", "attention_heads"], 4),
@@ -32,7 +31,7 @@ SMALL = {
     **dict.fromkeys(["head_dim", "d_kv", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"], 8),
     **dict.fromkeys(["q_lora_rank", "kv_lora_rank"], 16),
     **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 8),
-    **{"vocab_size": 120, "n_ctx": 64, "image_size": 32, "patch_size": 8},
+    "vocab_size": 120, "n_ctx": 64, "image_size": 32, "patch_size": 8,
 }  # fmt: skip
 LAYERS = 4  # hybrids need as many to show all their kinds; others are cut to two
 MOST = 30_000_000  # parameters a model may have here
@@ -111,6 +110,7 @@ def prove(kind: str, model_type: str, task: str) -> Proof:
 
 
 def _adapted(proof: Proof, model: nn.Module, batch: dict[str, Any], base: Tensor, roles: list[str]) -> None:
+    moving = _moving(model, batch)
     try:
         plan = inlay.attach(model, f"lora(rank=2, targets={roles!r})", seed=0)
         proof.sites = sum(len(part.sites) for part in plan.parts)
@@ -122,7 +122,7 @@ def _adapted(proof: Proof, model: nn.Module, batch: dict[str, Any], base: Tensor
         effect = (adapted - base).norm()
         if not effect > 1e-5 * base.norm():
             proof.wrong.append("no effect")
-        proof.wrong += _idle(model, batch)
+        proof.wrong += _idle(model, batch, moving)
         inlay.merge(model)
         proof.error = float((logits(model, batch) - adapted).norm() / effect)
         inlay.detach(model)
@@ -132,27 +132,28 @@ def _adapted(proof: Proof, model: nn.Module, batch: dict[str, Any], base: Tensor
         proof.wrong.append(f"{type(error).__name__}: {error}".replace("\n", " "))
 
 
-def _idle(model: Any, batch: dict[str, Any]) -> list[str]:
-    """Return the adapted layers whose adapter acts on nothing, though the module they are part of runs.
+def _idle(model: Any, batch: dict[str, Any], moving: set[str]) -> list[str]:
+    """Return the sites whose adapter gets no gradient though the weight there got one before."""
+    model(**batch).logits.float().square().mean().backward()
+    state = state_of(model)
+    assert state is not None
+    return [
+        f"no gradient: {site.name}"
+        for placed in state.placed.values()
+        for site, delta in placed.adapter.placed
+        if site.name in moving
+        and "expert" not in site.name  # which tokens go to which may change
+        and any(p.grad is None or not p.grad.any() for p in delta.parameters())
+    ]
 
-    Towers without input and cross-attention without an encoder do not run here; of experts, those
-    that no token was sent to.
-    """
-    called: set[nn.Module] = set()
-    handle = register_module_forward_hook(lambda module, args, output: called.add(module))
-    try:
-        model(**batch).logits.float().square().mean().backward()
-    finally:
-        handle.remove()
-    wrong: list[str] = []
-    for path, module in model.named_modules():
-        parent = model.get_submodule(path.rpartition(".")[0])
-        if type(module).__name__ == "Deltas" and parent in called and "expert" not in path:
-            still = [n for n, p in module.named_parameters() if p.grad is None or not bool(p.grad.any())]
-            wrong += [f"no gradient: {path}.{name}" for name in still]
-        elif isinstance(module, nn.Linear) and CHILD in module._modules and module not in called:
-            wrong += [f"not called: {path}"] if parent in called and "expert" not in path else []
-    return wrong
+
+def _moving(model: Any, batch: dict[str, Any]) -> set[str]:
+    """Return the sites of a bare model whose weight gets a gradient: towers without input do not run."""
+    model(**batch).logits.float().square().mean().backward()
+    grads = [(s, getattr(s.module, s.weight_name).grad) for s in Anatomy(model).leaves]
+    moving = {site.name for site, grad in grads if grad is not None and bool(site.cut(grad).any())}
+    model.zero_grad()
+    return moving
 
 
 def logits(model: Any, batch: dict[str, Any]) -> Tensor:

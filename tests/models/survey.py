@@ -61,7 +61,7 @@ def kinds() -> dict[str, tuple[str, str]]:
 
 
 def shrink(config: Any, depth: int = 0, most: int = MOST) -> None:
-    """Leave a configuration, and those inside it, at most `most` layers; else nothing costs on the meta device."""
+    """Leave a configuration, and those inside it, few layers; nothing else costs on the meta device."""
     sizes = {n: getattr(config, n, None) for n in LAYERS}
     smaller: dict[str, Any] = {n: most for n, v in sizes.items() if isinstance(v, int) and v > most}
     if isinstance(each := getattr(config, "layer_types", None), list):
