@@ -17,6 +17,7 @@ from inlay.corrections import KEPT, Role, parts_of, remember, told
 from inlay.errors import ConfigError
 from inlay.experts import expert_sites, holds_experts
 from inlay.hosts import Deltas
+from inlay.multihead import multihead_sites
 from inlay.roles import (
     ATTENTION,
     DIMS,
@@ -31,6 +32,7 @@ from inlay.roles import (
 from inlay.sites import AttentionSite, BlockSite, ModuleSite, SequenceSite, Slice, SublayerSite, Tap
 
 OUTSIDE_BLOCKS = {"norm": "norm", "conv2d": "embedding", "linear": "pooler"}  # the convolution embeds patches
+HEADS = ("head", "classifier", "lm_head", "fc", "score")  # of models that are none of transformers
 ROLES = ("query", "key", "value", "output", "gate", "up", "down", "attention", "ffn", "norm",
          "embedding", "pooler", "head", "block", "linear", "cross_attention")  # fmt: skip
 
@@ -61,7 +63,7 @@ class Anatomy:
         self.blocks = self._find_blocks()
         self._inside = {id(m): block for block in self.blocks for m in block.module.modules()}
         self.leaves: list[ModuleSite] = list(self._leaves())
-        self._whole = {id(s.module): s for s in self.leaves if s.part is None and s.expert is None}
+        self._whole = {s.name: s for s in self.leaves if s.part is None and s.expert is None}
         self._named_so: dict[str, int] = {}  # how many sublayers a block has of one role: most one
         self.sublayers: list[SublayerSite] = [s for b in self.blocks for s in self._sublayers(b)]
         self.attentions: list[AttentionSite] = self._attention_sites()
@@ -122,8 +124,8 @@ class Anatomy:
 
     def leaf(self, name: str, module: nn.Module) -> ModuleSite | None:
         """Return a site for a leaf layer known only by name, or None if its kind is unknown."""
-        if id(module) in self._whole:
-            return self._whole[id(module)]
+        if name in self._whole:
+            return self._whole[name]
         kind = layer_kind(module)
         block = self._inside.get(id(module))
         if kind is None:
@@ -165,7 +167,7 @@ class Anatomy:
                     blocks[path] = Block(path, self.modules[path], number, self._side(path), whole=whole)
         for name, path in paths.items():
             inner = name[len(path) :].lower()
-            cross = any(word in inner for word in ("cross", "encdec", "encoder_attn"))
+            cross = any(word in inner for word in ("cross", "encdec", "encoder_attn", "multihead_attn"))
             blocks[path].attentions.append((name, attentions[name], cross))
         return list(blocks.values())
 
@@ -177,7 +179,7 @@ class Anatomy:
             parent = self.modules[".".join(parts[: end - 1])]
             held = sum(f"{a}.".startswith(path + ".") for a in attentions) if parts[end - 1].isdigit() else 3
             is_list = isinstance(self.modules[path], nn.ModuleList)  # blocks in stages: a list of lists
-            if isinstance(parent, nn.ModuleList) and held <= 2 and not is_list:
+            if isinstance(parent, nn.ModuleList | nn.Sequential) and held <= 2 and not is_list:
                 return path
         return None
 
@@ -191,7 +193,8 @@ class Anatomy:
         return [prefix + n for n, m in beside.items() if len(m) == len(self.modules[owner])]  # type: ignore[arg-type]
 
     def _side(self, path: str) -> str:
-        if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+        both = any(isinstance(module, nn.Transformer) for module in self.modules.values())
+        if not both and not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             return ""
         parts = path.split(".")
         return "decoder" if "decoder" in parts else "encoder" if "encoder" in parts else ""
@@ -209,8 +212,12 @@ class Anatomy:
             kind = layer_kind(module)
             block = self._inside.get(id(module))
             layer, side = (block.layer, block.side) if block else (None, "")
-            if kind is None:
-                yield from expert_sites(name, module, layer, side) if holds_experts(module) else ()
+            if isinstance(module, nn.MultiheadAttention):
+                cross = block is not None and (name, module, True) in block.attentions
+                yield from multihead_sites(name, module, layer, side, cross)
+            elif holds_experts(module):
+                yield from expert_sites(name, module, layer, side)
+            if kind is None or isinstance(self._parent(name), nn.MultiheadAttention):
                 continue
             parts, cross = self._leaf_parts(name, module, kind, block)
             if name in self.told:
@@ -224,6 +231,9 @@ class Anatomy:
                     name=f"{name}[{role}]" if part else name, module=module, role=role, layer=layer,
                     side=side, cross=cross, layer_kind=kind, part=part,
                 )  # fmt: skip
+
+    def _parent(self, name: str) -> nn.Module:
+        return self.modules[name.rpartition(".")[0]]
 
     def _leaf_parts(self, name: str, module: nn.Module, kind: str, block: Block | None) -> tuple[Parts, bool]:
         """Return the roles of a layer, or of its slices, and whether it is part of cross-attention."""
@@ -263,6 +273,8 @@ class Anatomy:
         found: list[nn.Module] = []
         if prefix and isinstance(getattr(model, prefix, None), nn.Module):
             found = [m for n, m in model.named_children() if n != prefix]
+        elif not prefix:
+            found = [m for n, m in model.named_children() if n in HEADS]
         getter: Any = getattr(model, "get_output_embeddings", None)
         output = None if getter is None else getter()
         return found + ([output] if output is not None and output not in found else [])
@@ -287,6 +299,8 @@ class Anatomy:
 
     def _sublayers(self, block: Block) -> Iterator[SublayerSite]:
         norms = [m for _, m in block.module.named_children() if layer_kind(m) == "norm"]
+        if getattr(block.module, "norm_first", True) is False:
+            norms = []  # torch's layers say where their norms stand: here after the residual is added
         for name, module, cross in block.attentions:
             first = norms[0] if norms and not cross else None
             role = "cross_attention" if cross else "attention"

@@ -24,6 +24,7 @@ from inlay.hosts import (
     unbind_checkpointing,
 )
 from inlay.method import Method
+from inlay.multihead import ShortcutPort, takes_shortcuts
 from inlay.plan import Plan, build, check_module, planned, resolve_stack, with_trained
 from inlay.ports import BlockPort, Port
 from inlay.sites import AttentionSite, ModuleSite, SequenceSite
@@ -159,7 +160,7 @@ def place(state: State, built: Sequence[Placed], *, activate: bool = True, train
     before = (dict(state.placed), state.active, state.next_id, list(state.ports))
     undo = ExitStack()
     opening = [] if state.ports else _scopes(state)
-    ports = opening + _new_ports(state, built, {port.module for port in opening})
+    ports = opening + _new_ports(state, built, {p.module for p in opening if isinstance(p, HostPort)})
     try:
         if opening:
             _open(state, undo)
@@ -234,6 +235,8 @@ def _scopes(state: State) -> list[Port]:
         if module is state.model or (hasattr(module, "save_pretrained") and hasattr(module, "config")):
             ports.append(HostPort(state.slot, name, module, scope=state))
             ports[-1].check()
+        if takes_shortcuts(module):
+            ports.append(ShortcutPort(state.slot, name, module))
     return ports
 
 

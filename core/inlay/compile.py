@@ -15,7 +15,7 @@ from inlay.errors import AttachError
 from inlay.experts import Experts, RoutedExperts
 from inlay.hosts import HostPort
 from inlay.ports import BlockPort, Port
-from inlay.programs import Member, Routed, Table, Tapped, WeightMember, needs_overlay, program_of
+from inlay.programs import Member, Routed, Table, Tapped, WeightMember, by_weight, needs_overlay, program_of
 from inlay.sites import AttentionSite, BlockSite, ModuleSite, SequenceSite, Site, SublayerSite
 from inlay.weights import Level
 
@@ -100,6 +100,8 @@ def members_of(state: State, entries: Sequence[Entry]) -> list[Member]:
         members.append(member(delta, at, part))
         if needs_overlay(members[-1]):
             check_weight_form(delta, site, placed, entries[:i])
+        if by_weight(site):
+            check_acts_by_weight(delta, site, placed)
     return members
 
 
@@ -123,6 +125,18 @@ def check_weight_form(delta: Delta, site: Site, placed: Placed, below: Sequence[
                 saw=f"{type(delta).__name__} above {type(under).__name__} at {site.name}: {under.why_not()}",
                 do=f"stack {other.part_name!r} after {placed.part_name!r}, or give them different targets",
             )
+
+
+def check_acts_by_weight(delta: Delta, site: Site, placed: Placed) -> None:
+    """Raise unless all that a delta does is in its weight form."""
+    dropout = getattr(placed.method, "dropout", 0.0)
+    if not delta.folds or dropout:
+        raise AttachError(
+            f"{placed.path!r} cannot act where only a layer's weights are read",
+            saw=f"{site.name} of a {type(site.module).__name__}: "
+            + (f"dropout={dropout} has no weight form" if delta.folds else delta.why_not()),
+            do="leave dropout out, or choose other targets",
+        )
 
 
 def _attention_program(

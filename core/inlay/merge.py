@@ -17,6 +17,7 @@ from inlay.masks import apply as apply_masks
 from inlay.programs import Onion
 from inlay.registry import registry
 from inlay.sites import ModuleSite
+from inlay.sites.site import held_by
 from inlay.stack import Placed, State, need_state
 from inlay.weights import as_stored, is_quantised, read, stored
 
@@ -285,8 +286,8 @@ def _check_result(
 
 def check_can_write(state: State, site: ModuleSite) -> None:
     """Raise unless the site's weight can be replaced without changing anything else."""
-    module = site.module
-    weight = module._parameters.get(site.weight_name)
+    module, leaf = held_by(site.module, site.weight_name)
+    weight = module._parameters.get(leaf)
     reason = ""
     if weight is None:
         reason = "its weight is computed by a parametrization; remove that first"
@@ -294,10 +295,10 @@ def check_can_write(state: State, site: ModuleSite) -> None:
         reason = "it is quantised; merge into a model loaded without quantisation"
     elif type(weight.data).__name__ == "DTensor" or hasattr(weight, "placements"):
         reason = "its weight is sharded; merge before sharding, or load on one process"
-    elif stored(module, site.weight_name) is not stored(module, site.weight_name):
+    elif stored(module, leaf) is not stored(module, leaf):
         reason = "its weight is offloaded to disk; merge before offloading"
     else:
-        reason = _shared_with(state, site)
+        reason = _shared_with(state, module, leaf)
     if reason:
         raise CannotMerge(
             "the weight cannot be written",
@@ -306,13 +307,13 @@ def check_can_write(state: State, site: ModuleSite) -> None:
         )
 
 
-def _shared_with(state: State, site: ModuleSite) -> str:
+def _shared_with(state: State, module: nn.Module, leaf: str) -> str:
     """Return why writing would change another use of the same storage, or ""."""
-    kept = stored(site.module, site.weight_name)
+    kept = stored(module, leaf)
     assert kept is not None
     storage = kept.untyped_storage().data_ptr()
     for path, owner in state.model.named_modules(remove_duplicate=False):
-        for name in owner._parameters if owner is not site.module else ():
+        for name in owner._parameters if owner is not module else ():
             other = stored(owner, name)
             if other is not None and other.untyped_storage().data_ptr() == storage != 0:
                 return f"its storage is tied to {path}.{name}; untie them, or keep it attached"
@@ -322,18 +323,19 @@ def _shared_with(state: State, site: ModuleSite) -> str:
 def _write(module: nn.Module, tensors: dict[str, Tensor]) -> list[tuple[nn.Module, str, Tensor | None]]:
     """Put tensors into a module's parameters; return what was there."""
     old: list[tuple[nn.Module, str, Tensor | None]] = []
-    for name, tensor in tensors.items():
-        parameter = module._parameters.get(name)
+    for path, tensor in tensors.items():
+        owner, name = held_by(module, path)
+        parameter = owner._parameters.get(name)
         if parameter is None:
-            old.append((module, name, None))
-            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+            old.append((owner, name, None))
+            owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         elif parameter.device.type == "meta":
-            kept = stored(module, name)
+            kept = stored(owner, name)
             assert kept is not None
-            old.append((module, name, kept.clone()))
+            old.append((owner, name, kept.clone()))
             kept.copy_(tensor)
         else:
-            old.append((module, name, parameter.data))
+            old.append((owner, name, parameter.data))
             parameter.data = tensor.to(parameter.device)
     return old
 

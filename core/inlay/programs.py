@@ -6,7 +6,7 @@ hot path holds no plugin call, no attribute probing and no search by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,8 +144,8 @@ class Overlay(Onion):
     def __call__(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shadow, shift = self.shadow(module)
         forward = type(shadow).forward
-        if not self.members and shift is None:
-            return forward(shadow, *args, **kwargs)
+        if not self.inputs and shift is None:
+            return self.outputs(take_first(args, kwargs)[0], forward(shadow, *args, **kwargs))
         x, args, kwargs = take_first(args, kwargs)
 
         def changed(inner: Tensor) -> Any:
@@ -168,10 +168,25 @@ class Overlay(Onion):
                 shift, bias = bias, None
             levels.append((level.site, weight, bias))
         changed = as_stored(levels)
-        shadow: Any = object.__new__(self.kind)
-        attributes = {k: v for k, v in module.__dict__.items() if k not in changed}
-        shadow.__dict__ = {**attributes, "_parameters": {**module._parameters, **changed}}
-        return shadow, shift
+        return shadow_of(module, self.kind, changed), shift
+
+
+def shadow_of(module: nn.Module, kind: Any, changed: Mapping[str, Tensor]) -> Any:
+    """Return an object like `module`, of class `kind`, with changed tensors, some of modules inside it."""
+    own = {name: tensor for name, tensor in changed.items() if "." not in name}
+    inner: dict[str, dict[str, Tensor]] = {}
+    for name in changed.keys() - own.keys():
+        child, _, leaf = name.partition(".")
+        inner.setdefault(child, {})[leaf] = changed[name]
+    shadow: Any = object.__new__(kind)
+    attributes = {k: v for k, v in module.__dict__.items() if k not in own}
+    shadow.__dict__ = {**attributes, "_parameters": {**module._parameters, **own}}
+    children = {
+        n: shadow_of(module.get_submodule(n), type(module.get_submodule(n)), t) for n, t in inner.items()
+    }
+    if children:
+        shadow.__dict__["_modules"] = {**module._modules, **children}
+    return shadow
 
 
 class Tapped:
@@ -273,12 +288,19 @@ def program_of(members: Sequence[Member], slot: Slot) -> Onion | None:
     """Return the program of one module's members: an onion, with an overlay up to the last that needs it."""
     if not members:
         return None
+    if inside := [m for m in members if by_weight(m.at.site)]:
+        return Overlay(inside, [m for m in members if m not in inside], slot)
     last = max((i for i, m in enumerate(members) if needs_overlay(m)), default=-1)
     if last >= 0:
         return Overlay(members[: last + 1], members[last + 1 :], slot)
     site = members[0].at.site
     kept = isinstance(site, SublayerSite) and site.x.module is not site.module
     return Onion(members, slot, reads=f"{site.name}/x" if kept else None)
+
+
+def by_weight(site: Site) -> bool:
+    """Whether a site's changes can act only through its module's weights."""
+    return isinstance(site, ModuleSite) and site.by_weight
 
 
 def needs_overlay(member: Member) -> bool:

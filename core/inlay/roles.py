@@ -157,8 +157,8 @@ def gated_parts(leaf: str, rows: int) -> Parts:
 def is_attention(module: nn.Module) -> bool:
     """Return whether a module has queries, keys and values among its own children."""
     children = dict(module.named_children())
-    if "kv_b_proj" in children:
-        return True  # latent attention, by whatever name
+    if "kv_b_proj" in children or isinstance(module, nn.MultiheadAttention):
+        return True  # latent attention, by whatever name; torch's own
     if "Attention" not in type(module).__name__ and "Attn" not in type(module).__name__:
         own = ATTENTION  # under another name, only the plainest names count
         return all(any(c in own[role][:4] for c in children) for role in ("query", "key", "value"))

@@ -122,7 +122,7 @@ def _by_name(anatomy: Anatomy, method: Method, pattern: str) -> list[Site]:
     names = [n for n in anatomy.modules if n and matches(n, pattern)]
     found: list[Site] = [
         s for s in anatomy.leaves
-        if s.kind in method.accepts and (s.name == pattern or (s.expert is not None and _meant(s, pattern)))
+        if s.kind in method.accepts and (s.name == pattern or _meant(anatomy, s, pattern))
     ]  # fmt: skip
     for name in names:
         found += _named(anatomy, method, name)
@@ -147,9 +147,11 @@ def _named(anatomy: Anatomy, method: Method, name: str) -> list[Site]:
     return hits
 
 
-def _meant(site: ModuleSite, pattern: str) -> bool:
-    """Whether a pattern names the layer of experts that a site is in, or the tensor that holds its matrix."""
-    layer = site.name.split("[")[0]
+def _meant(anatomy: Anatomy, site: ModuleSite, pattern: str) -> bool:
+    """Whether a pattern names the module of several layers that a site is in, or the tensor of its matrix."""
+    if site.expert is None and not site.by_weight:
+        return False
+    layer = anatomy.names[site.module]
     return matches(layer, pattern) or matches(f"{layer}.{site.weight_name}", pattern)
 
 

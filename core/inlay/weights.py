@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from inlay.errors import CannotMerge
 from inlay.hosts import CHILD
-from inlay.sites.site import hooks_of
+from inlay.sites.site import held_by, hooks_of
 
 if TYPE_CHECKING:
     from inlay.delta import Delta
@@ -35,6 +35,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def stored(module: nn.Module, name: str) -> Tensor | None:
     """Return a module's tensor, through accelerate's weights map if it is offloaded."""
+    module, name = held_by(module, name)
     tensor: Tensor | None = getattr(module, name, None)
     if tensor is None or tensor.device.type != "meta":
         return tensor
@@ -192,7 +193,8 @@ def norm_offset(kind: type[nn.Module]) -> float:
 def sources(site: ModuleSite) -> list[Tensor]:
     """Return the tensors that a site's weight and bias are, or (parametrized) are computed from."""
     module = site.module
-    if site.weight_name not in module._parameters:
+    owner, leaf = held_by(module, site.weight_name)
+    if leaf not in owner._parameters:
         return [p for n, p in module.named_parameters() if not n.startswith(f"{CHILD}.")]
     found = (stored(module, name) for name in (site.weight_name, site.bias_name) if name)
     return [tensor for tensor in found if tensor is not None]

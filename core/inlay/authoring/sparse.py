@@ -67,9 +67,8 @@ def places(sites: Iterable[Site]) -> list[Place]:
     found: list[Place] = []
     for site in sites:
         assert isinstance(site, ModuleSite)
-        found.append(Place(site, "weight", getattr(site.module, site.weight_name)))
-        if site.has_bias:
-            found.append(Place(site, "bias", getattr(site.module, site.bias_name or "")))
+        tensors = {"weight": site.tensor(site.weight_name), "bias": site.tensor(site.bias_name)}
+        found += [Place(site, name, tensor) for name, tensor in tensors.items() if tensor is not None]
     return found
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
 from inlay.delta import Change, WeightDelta, Weights
 from inlay.method import Method
 from inlay.weights import read
@@ -52,7 +50,8 @@ def shapes(site: ModuleSite) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of a site's weight and bias as folds see them."""
     if site.is_linear:
         return (site.out_features, site.in_features), (site.out_features,)
-    tensor: Tensor = getattr(site.module, site.weight_name)
+    tensor = site.tensor(site.weight_name)
+    assert tensor is not None
     return tuple(tensor.shape), (tensor.shape[0],)
 
 

@@ -71,12 +71,23 @@ class ModuleSite(Site):
         return frozenset({"output", "weight"})
 
     @property
+    def by_weight(self) -> bool:
+        """Whether a change can act here only as a change of the weights: the layer itself is not called."""
+        return isinstance(self.module, nn.MultiheadAttention)
+
+    def tensor(self, name: str | None) -> Tensor | None:
+        """Return the module's tensor `name`; with a dot, one of a module inside it."""
+        owner, leaf = held_by(self.module, name or "")
+        found: Tensor | None = getattr(owner, leaf, None)
+        return found
+
+    @property
     def is_linear(self) -> bool:
         return self.layer_kind in ("linear", "conv1d")
 
     @property
     def has_bias(self) -> bool:
-        return self.bias_name is not None and getattr(self.module, self.bias_name, None) is not None
+        return self.bias_name is not None and self.tensor(self.bias_name) is not None
 
     @property
     def resized(self) -> bool:
@@ -86,7 +97,8 @@ class ModuleSite(Site):
     @cached_property
     def _features(self) -> tuple[int, int]:
         """(out, in) of the layer or slice; a vector of n features counts as (n, n)."""
-        module, weight = self.module, getattr(self.module, self.weight_name)
+        module, weight = self.module, self.tensor(self.weight_name)
+        assert weight is not None
         weight = weight if self.expert is None else weight[self.expert]
         if self.layer_kind == "linear" and self.weight_name == "weight":  # it may be packed
             shape = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
@@ -227,6 +239,12 @@ class SequenceSite(Site):
     @property
     def out_features(self) -> int:
         return self.features
+
+
+def held_by(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return which module, `module` or one inside it, has the tensor `name`, and what it calls it."""
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf
 
 
 def reference_of(module: nn.Module) -> Tensor:
