@@ -31,7 +31,7 @@ from inlay.roles import (
 )
 from inlay.sites import AttentionSite, BlockSite, ModuleSite, SequenceSite, Slice, SublayerSite, Tap
 
-OUTSIDE_BLOCKS = {"norm": "norm", "conv2d": "embedding", "linear": "pooler"}  # the convolution embeds patches
+OUTSIDE_BLOCKS = {"norm": "norm", "conv": "embedding", "linear": "pooler"}  # the convolution embeds patches
 HEADS = ("head", "classifier", "lm_head", "fc", "score")  # of models that are none of transformers
 ROLES = ("query", "key", "value", "output", "gate", "up", "down", "attention", "ffn", "norm",
          "embedding", "pooler", "head", "block", "linear", "cross_attention")  # fmt: skip
@@ -64,6 +64,10 @@ class Anatomy:
         self._inside = {id(m): block for block in self.blocks for m in block.module.modules()}
         self.leaves: list[ModuleSite] = list(self._leaves())
         self._whole = {s.name: s for s in self.leaves if s.part is None and s.expert is None}
+        self._parts: dict[nn.Module, list[ModuleSite]] = {}  # layers inside modules that run them all
+        for site in self.leaves:
+            if not site.called:
+                self._parts.setdefault(site.module, []).append(site)
         self._named_so: dict[str, int] = {}  # how many sublayers a block has of one role: most one
         self.sublayers: list[SublayerSite] = [s for b in self.blocks for s in self._sublayers(b)]
         self.attentions: list[AttentionSite] = self._attention_sites()
@@ -134,10 +138,15 @@ class Anatomy:
                           side=block.side if block else "")  # fmt: skip
 
     def parameters_under(self, module: nn.Module) -> list[ModuleSite]:
-        """Return sites covering every parameter below `module`: leaf layers, and bare tensors."""
+        """Return sites covering every parameter below `module`: leaf layers, their parts, bare tensors."""
         found: list[ModuleSite] = []
         for child in (m for m in module.modules() if m in self.names):
             name, block = self.names[child], self._inside.get(id(child))
+            if child in self._parts:
+                found += self._parts[child]
+                continue
+            if isinstance(self._parent(name), nn.MultiheadAttention):
+                continue
             layer, side = (block.layer, block.side) if block else (None, "")
             own = [n for n, _ in child.named_parameters(recurse=False)]
             if own and (site := self.leaf(name, child)) is not None and set(own) <= {"weight", "bias"}:
@@ -438,8 +447,8 @@ def layer_kind(module: nn.Module) -> str | None:
         return "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"
-    if isinstance(module, nn.Conv2d):
-        return "conv2d"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "conv"
     name = type(module).__name__
     weight = module._parameters.get("weight")
     if name == "Conv1D" and weight is not None and weight.dim() == 2:

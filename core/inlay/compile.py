@@ -44,7 +44,7 @@ class StackPlan:
     def __init__(self, state: State, stack: tuple[int, ...]) -> None:
         self.stack = stack
         self.placed = [state.placed[i] for i in stack if not state.placed[i].merged]
-        self.entries: dict[nn.Module, list[Entry]] = {}
+        self.entries: dict[nn.Module, list[Entry]] = {}  # see `inside_out`
         self.sequence: list[Entry] = []
         for placed in self.placed:
             for site, delta in placed.adapter.placed:
@@ -52,7 +52,13 @@ class StackPlan:
                     self.sequence.append((placed, site, delta))
                 else:
                     self.entries.setdefault(site.module, []).append((placed, site, delta))
+        self.entries = {module: inside_out(entries) for module, entries in self.entries.items()}
         self.wants_call = any(p.method.reads_call for p in self.placed)
+
+
+def inside_out(entries: Sequence[Entry]) -> list[Entry]:
+    """Return one module's entries as they lie around it: a sublayer's are outside of the layer's own."""
+    return sorted(entries, key=lambda entry: isinstance(entry[1], SublayerSite))
 
 
 def places_of(plan: StackPlan) -> dict[tuple[type[Port], nn.Module], Site | None]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.attach import refused_while_merged, remove
-from inlay.compile import Entry, members_of
+from inlay.compile import Entry, inside_out, members_of
 from inlay.delta import Fold
 from inlay.errors import CannotMerge, ConfigError, MergedError, RegistryError, StateError, shown
 from inlay.masks import apply as apply_masks
@@ -142,7 +142,7 @@ def _entries_by_module(state: State) -> dict[int, list[Entry]]:
         placed = state.placed[number]
         for site, delta in placed.adapter.placed:
             modules.setdefault(id(site.module), []).append((placed, site, delta))
-    return modules
+    return {key: inside_out(entries) for key, entries in modules.items()}
 
 
 def _check_order(entries: Sequence[Entry], chosen: set[int]) -> None:

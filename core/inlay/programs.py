@@ -288,8 +288,6 @@ def program_of(members: Sequence[Member], slot: Slot) -> Onion | None:
     """Return the program of one module's members: an onion, with an overlay up to the last that needs it."""
     if not members:
         return None
-    if inside := [m for m in members if by_weight(m.at.site)]:
-        return Overlay(inside, [m for m in members if m not in inside], slot)
     last = max((i for i, m in enumerate(members) if needs_overlay(m)), default=-1)
     if last >= 0:
         return Overlay(members[: last + 1], members[last + 1 :], slot)
@@ -306,6 +304,6 @@ def by_weight(site: Site) -> bool:
 def needs_overlay(member: Member) -> bool:
     """Whether a member can act only by running its layer with changed tensors."""
     site, delta = member.at.site, member.delta
-    if not isinstance(delta, WeightDelta):
-        return False
+    if by_weight(site) or not isinstance(delta, WeightDelta):
+        return by_weight(site)
     return delta.replaces or not (isinstance(site, ModuleSite) and site.is_linear)

@@ -104,7 +104,7 @@ def read(site: ModuleSite) -> tuple[Tensor, Tensor | None]:
 
 def holds_bias(site: ModuleSite) -> bool:
     """Return whether the site's module adds a bias where it has one (an RMSNorm never does)."""
-    return site.has_bias or (site.is_linear and site.expert is None) or site.layer_kind == "conv2d"
+    return site.has_bias or (site.is_linear and site.expert is None) or site.layer_kind == "conv"
 
 
 def as_stored(changed: Iterable[tuple[ModuleSite, Tensor, Tensor | None]]) -> dict[str, Tensor]:

@@ -286,7 +286,7 @@ MISTAKES = [
     Mistake("branches on a tensor's values", "R31", "item|[Gg]raph break|Unsupported",
             "looks_at_values"),
     Mistake("detaches a factor", "R32", "off the difference quotient", "detaches"),
-    Mistake("renames a tensor that is on users' disks", "R34", "differ in: settings: .*; tensors: ", "unused"),
+    Mistake("renames a tensor on users' disks", "R34", "differ in: settings: .*; tensors: ", "unused"),
     Mistake("copies the base when it is made", "R35", "has no values", "copies_base"),
     Mistake("reads the packed bytes of a quantised weight", "R36", "shape|size|dtype|cannot be multiplied",
             "reads_base"),

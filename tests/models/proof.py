@@ -99,6 +99,8 @@ def prove(kind: str, model_type: str, task: str) -> Proof:
         base = logits(model, batch)
         if not bool(base.isfinite().all()) or not torch.equal(base, logits(model, batch)):
             raise ValueError("its output is not finite, or not twice the same")
+        if base.norm() < 1e-20:
+            raise ValueError("its output vanishes when so small")
     except Exception as error:  # transformers raises whatever its files provoke
         proof.unrun = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:80]}"
         return proof

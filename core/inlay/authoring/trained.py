@@ -65,7 +65,7 @@ class Trained(Method):
 
     id: ClassVar[str] = "trained"
     accepts: ClassVar[frozenset[str]] = frozenset(
-        {"linear", "conv1d", "conv2d", "embedding", "norm", "parameter"}
+        {"linear", "conv1d", "conv", "embedding", "norm", "parameter"}
     )
     default_targets: ClassVar[tuple[str, ...]] = ("head",)
     lr: ClassVar[float] = 1e-3

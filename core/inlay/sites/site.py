@@ -47,7 +47,8 @@ class Site:
 class ModuleSite(Site):
     """A leaf layer, a slice of a fused projection's outputs, or one expert's matrix among all experts'.
 
-    `layer_kind` is "linear", "conv1d" (weights stored (in, out)), "conv2d", "embedding", "norm" or
+    `layer_kind` is "linear", "conv1d" (transformers', weights stored (in, out)), "conv" (torch's of
+    one to three dimensions), "embedding", "norm" or
     "parameter" (any other module's own tensor, named by `weight_name`). `expert` is the place in a
     3-D tensor that holds one such matrix per expert.
     """
@@ -74,6 +75,11 @@ class ModuleSite(Site):
     def by_weight(self) -> bool:
         """Whether a change can act here only as a change of the weights: the layer itself is not called."""
         return isinstance(self.module, nn.MultiheadAttention)
+
+    @property
+    def called(self) -> bool:
+        """Whether the layer is a module by itself, whose call shows what it reads."""
+        return self.expert is None and not self.by_weight
 
     def tensor(self, name: str | None) -> Tensor | None:
         """Return the module's tensor `name`; with a dot, one of a module inside it."""
@@ -106,7 +112,7 @@ class ModuleSite(Site):
             shape = (weight.shape[0], weight.shape[1])
         elif self.layer_kind == "conv1d" or self.layer_kind == "embedding":
             shape = (weight.shape[1], weight.shape[0])
-        elif self.layer_kind == "conv2d":
+        elif self.layer_kind == "conv":
             shape = (weight.shape[0], int(module.in_channels))  # type: ignore[arg-type]
         else:
             shape = (weight.shape[-1], weight.shape[-1])

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from inlay.authoring import ConfigError, Site, calls, setting
+from inlay.authoring import ConfigError, ModuleSite, Site, calls, setting
 from inlay_lora.inputs import Inputs
 from inlay_lora.pca import NOTHING, IncrementalPCA
 from inlay_lora.start import DOWN, Start
@@ -42,7 +42,7 @@ class EVA(Start):
     def measure(
         self, rank: int, model: nn.Module, sites: Sequence[Site], batches: Iterable[Any]
     ) -> dict[str, Tensor]:
-        layers = [site for site in sites if site.kind in ("linear", "conv1d")]
+        layers = [s for s in sites if isinstance(s, ModuleSite) and s.is_linear and s.called]
         if not layers:
             raise ConfigError(
                 "eva: no target is a linear layer",

@@ -71,11 +71,13 @@ class LowRankMethod(Method):
 
 
 class LowRank(OutputDelta):
-    """The factors `down` = A (r, in) and `up` = B (out, r) at a linear layer; B starts at 0."""
+    """The factors `down` = A (r, in), or (r, *inner), and `up` = B (out, r) of a layer; B starts at 0."""
 
-    def __init__(self, site: Site, init: Init, method: LowRankMethod) -> None:
+    def __init__(
+        self, site: Site, init: Init, method: LowRankMethod, inner: tuple[int, ...] | None = None
+    ) -> None:
         super().__init__()
-        shape = (method.rank, site.in_features)
+        shape = (method.rank, *(inner or (site.in_features,)))
         gaussian = method.init == "gaussian"
         self.down = init.normal(*shape, std=1 / method.rank) if gaussian else init.kaiming_uniform(*shape)
         self.up = init.zeros(site.out_features, method.rank)

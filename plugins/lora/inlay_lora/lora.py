@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -47,6 +48,33 @@ class LowRankEmbedding(OutputDelta):
         return weight + self.scale * (self.up.to(weight.dtype) @ self.down.to(weight.dtype)).T, bias
 
 
+class LowRankConv(LowRank):
+    """Δy = s·B * (A * drop(x)): the kernel A (r, in/groups, *k) runs as the layer's does, B as one of size 1.
+
+    With groups all of them share A, each has its own rows of B.
+    """
+
+    def __init__(self, site: ModuleSite, init: Init, method: LowRankMethod) -> None:
+        weight: Any = site.module.weight
+        super().__init__(site, init, method, inner=tuple(weight.shape[1:]))
+
+    def forward(self, x: Tensor, y: Tensor, at: At) -> Tensor:
+        """Return Δy (B, out, …) of x (B, in, …)."""
+        conv: Any = at.site.module
+        down = torch.cat([self.down.to(x.dtype)] * conv.groups)
+        inner = conv._conv_forward(self.dropped(x), down, None) * self.scale
+        up = self.up.to(x.dtype).view(*self.up.shape, *(1,) * (x.dim() - 2))
+        return CONVOLVE[x.dim() - 3](inner, up, groups=conv.groups)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return (W + s B A, b), the kernels as rows."""
+        change = self.up.to(weight.dtype) @ self.down.to(weight.dtype).flatten(1)
+        return weight + self.scale * change.view_as(weight), bias
+
+
+CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
+
+
 @dataclass(frozen=True)
 class LoRA(LowRankMethod):
     """A trainable low-rank matrix beside each frozen weight.
@@ -56,16 +84,17 @@ class LoRA(LowRankMethod):
     s = alpha / rank; with scaling="rsqrt" alpha / √rank (rsLoRA, arXiv 2312.03732). Linear layers
     and Conv1D: A Kaiming-uniform (a=√5), or N(0, 1/r²) with init="gaussian"; B = 0. A role that is a
     slice of a fused projection has factors of its own. Embeddings: e(t) + s·A[:, t] Bᵀ with
-    A (r, V) = 0 and B (d, r) ~ N(0, 1), no dropout, the padding row untouched.
+    A (r, V) = 0 and B (d, r) ~ N(0, 1), no dropout, the padding row untouched. Convolutions:
+    A (r, in/groups, *kernel) runs in the layer's own stride and padding, B (out, r) after it.
 
-    Parameters: r·(in + out) per layer; r·(V + d) per embedding. arXiv 2106.09685,
-    microsoft/LoRA and huggingface/peft. Left out: convolutions; a bias in B. Parameters are of the
-    base's dtype (peft: float32).
+    Parameters: r·(in + out) per layer; r·(V + d) per embedding; r·(in/groups·|kernel| + out) per
+    convolution. arXiv 2106.09685, microsoft/LoRA and huggingface/peft. Left out: a bias in B.
+    Parameters are of the base's dtype (peft: float32).
     """
 
     id: ClassVar[str] = "lora"
     paper: ClassVar[str] = "2106.09685"
-    accepts: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "embedding"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "embedding"})
     default_targets: ClassVar[tuple[str, ...]] = ("query", "value")
     lr: ClassVar[float] = 2e-3
 
@@ -73,4 +102,7 @@ class LoRA(LowRankMethod):
         if site.kind == "embedding":
             assert isinstance(site, ModuleSite)
             return LowRankEmbedding(site, init, self)
+        if site.kind == "conv":
+            assert isinstance(site, ModuleSite)
+            return LowRankConv(site, init, self)
         return LowRankLinear(site, init, self)

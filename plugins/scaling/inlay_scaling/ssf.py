@@ -20,10 +20,11 @@ class ScaleShift(OutputDelta):
         super().__init__()
         self.scale = init.normal(site.out_features, std=std)
         self.shift = init.normal(site.out_features, std=std)
-        self.shape = (-1, 1, 1) if site.kind == "conv2d" else (-1,)  # channels of (B, c, H, W), or last
+        beside = site.module.weight.dim() - 2 if site.kind == "conv" else 0  # type: ignore[operator]
+        self.shape = (-1, *(1,) * beside)  # channels come first, as in (B, c, H, W), or last
 
     def forward(self, x: Tensor, y: Tensor, at: At) -> Tensor:
-        """Return Δy of y: (*, c), or (B, c, H, W) behind a convolution."""
+        """Return Δy of y: (*, c), or (B, c, …) behind a convolution."""
         scale, shift = self.scale.to(y.dtype).view(self.shape), self.shift.to(y.dtype).view(self.shape)
         return torch.addcmul(shift, scale, y)
 
@@ -53,7 +54,7 @@ class SSF(Method):
 
     id: ClassVar[str] = "ssf"
     paper: ClassVar[str] = "2210.08823"
-    accepts: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "norm"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "norm"})
     default_targets: ClassVar[tuple[str, ...]] = ("linear", "norm")
     optional_targets: ClassVar[tuple[str, ...]] = ("embedding", "pooler")
     lr: ClassVar[float] = 3e-3

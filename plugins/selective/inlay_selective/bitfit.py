@@ -28,7 +28,7 @@ class BitFit(Method):
 
     id: ClassVar[str] = "bitfit"
     paper: ClassVar[str] = "2106.10199"
-    accepts: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv2d", "norm"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "conv", "norm"})
     lr: ClassVar[float] = 4e-3
     weight_decay: ClassVar[float | None] = 0.0
 

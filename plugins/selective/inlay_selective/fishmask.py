@@ -60,7 +60,7 @@ class FishMask(Method):
     id: ClassVar[str] = "fishmask"
     paper: ClassVar[str] = "2111.09839"
     accepts: ClassVar[frozenset[str]] = frozenset(
-        {"linear", "conv1d", "conv2d", "embedding", "norm", "parameter"}
+        {"linear", "conv1d", "conv", "embedding", "norm", "parameter"}
     )
     default_targets: ClassVar[tuple[str, ...]] = ("",)  # the whole model
     calibrates: ClassVar[bool] = True
