@@ -7,29 +7,21 @@ attention modules; roles inside come from a short table of the names model autho
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
+from inlay.blocks import Block, find_blocks
 from inlay.corrections import KEPT, Role, parts_of, remember, told
 from inlay.errors import ConfigError
 from inlay.experts import expert_sites, holds_experts
 from inlay.hosts import Deltas
+from inlay.kinds import layer_kind, shape_of
 from inlay.multihead import multihead_sites
-from inlay.roles import (
-    ATTENTION,
-    DIMS,
-    FEED_FORWARD,
-    alias,
-    fused_parts,
-    gated_parts,
-    heads_of,
-    is_attention,
-    of,
-)
-from inlay.sites import AttentionSite, BlockSite, ModuleSite, SequenceSite, Slice, SublayerSite, Tap
+from inlay.roles import ATTENTION, FEED_FORWARD, alias, fused_parts, gated_parts, is_attention
+from inlay.sites import BlockSite, ModuleSite, SequenceSite, Slice
+from inlay.sublayers import Sublayers, attention_sites
 
 OUTSIDE_BLOCKS = {"norm": "norm", "conv": "embedding", "linear": "pooler"}  # the convolution embeds patches
 HEADS = ("head", "classifier", "lm_head", "fc", "score")  # of models that are none of transformers
@@ -40,18 +32,6 @@ ROLES = ("query", "key", "value", "output", "gate", "up", "down", "attention", "
 Parts = list[tuple[str, Slice | None]]
 
 
-@dataclass
-class Block:
-    """One transformer block and what was found in it."""
-
-    name: str
-    module: nn.Module
-    layer: int
-    side: str
-    attentions: list[tuple[str, nn.Module, bool]] = field(default_factory=list)  # name, module, cross
-    whole: bool = True  # whether a call of it is the block's: XLM keeps its parts in lists of their own
-
-
 class Anatomy:
     """The roles found in `model`. Cheap: one pass over the modules; works on the meta device."""
 
@@ -60,17 +40,22 @@ class Anatomy:
         self.modules: dict[str, nn.Module] = _base_modules(model)
         self.names: dict[nn.Module, str] = {module: name for name, module in self.modules.items()}
         self.told: dict[str, Role] = told(model, list(self.modules))
-        self.blocks = self._find_blocks()
+        attentions = [
+            n for n, m in self.modules.items() if self.told.get(n) == "attention" or is_attention(m)
+        ]
+        self.blocks = find_blocks(self.modules, attentions, self._two_sided())
         self._inside = {id(m): block for block in self.blocks for m in block.module.modules()}
         self.leaves: list[ModuleSite] = list(self._leaves())
         self._whole = {s.name: s for s in self.leaves if s.part is None and s.expert is None}
         self._parts: dict[nn.Module, list[ModuleSite]] = {}  # layers inside modules that run them all
+        self._of_block: dict[int, list[ModuleSite]] = {}
         for site in self.leaves:
             if not site.called:
                 self._parts.setdefault(site.module, []).append(site)
-        self._named_so: dict[str, int] = {}  # how many sublayers a block has of one role: most one
-        self.sublayers: list[SublayerSite] = [s for b in self.blocks for s in self._sublayers(b)]
-        self.attentions: list[AttentionSite] = self._attention_sites()
+            if block := self._inside.get(id(site.module)):
+                self._of_block.setdefault(id(block), []).append(site)
+        self.sublayers = [s for b in self.blocks for s in Sublayers(self, b, self.inside(b))]
+        self.attentions = attention_sites(self)
 
     @property
     def family(self) -> str:
@@ -104,6 +89,10 @@ class Anatomy:
             else:
                 self.model.__dict__[KEPT] = before
             raise
+
+    def inside(self, block: Block) -> list[ModuleSite]:
+        """Return the leaf layers of a block."""
+        return self._of_block.get(id(block), [])
 
     def block_sites(self) -> list[BlockSite]:
         sublayer = {s.layer: s.features for s in self.sublayers}
@@ -159,54 +148,10 @@ class Anatomy:
             ]  # fmt: skip
         return found
 
-    # -- blocks ----------------------------------------------------------------------------------
-
-    def _find_blocks(self) -> list[Block]:
-        """Return the elements of every list that holds attentions: in hybrids not each has one."""
-        attentions = {
-            n: m for n, m in self.modules.items() if self.told.get(n) == "attention" or is_attention(m)
-        }
-        paths = {name: path for name in attentions if (path := self._block_path(name, attentions))}
-        blocks: dict[str, Block] = {}
-        for owner in dict.fromkeys(path.rpartition(".")[0] for path in paths.values()):
-            for held in self._lists_beside(owner, attentions):
-                whole = held == owner and f"{owner}.0" not in attentions
-                for number in range(len(self.modules[held])):  # type: ignore[arg-type]
-                    path = f"{held}.{number}"
-                    blocks[path] = Block(path, self.modules[path], number, self._side(path), whole=whole)
-        for name, path in paths.items():
-            inner = name[len(path) :].lower()
-            cross = any(word in inner for word in ("cross", "encdec", "encoder_attn", "multihead_attn"))
-            blocks[path].attentions.append((name, attentions[name], cross))
-        return list(blocks.values())
-
-    def _block_path(self, name: str, attentions: Iterable[str]) -> str | None:
-        """Return the outermost list element, `name` itself or above it, that holds at most two attentions."""
-        parts = name.split(".")
-        for end in range(1, len(parts) + 1):
-            path = ".".join(parts[:end])
-            parent = self.modules[".".join(parts[: end - 1])]
-            held = sum(f"{a}.".startswith(path + ".") for a in attentions) if parts[end - 1].isdigit() else 3
-            is_list = isinstance(self.modules[path], nn.ModuleList)  # blocks in stages: a list of lists
-            if isinstance(parent, nn.ModuleList | nn.Sequential) and held <= 2 and not is_list:
-                return path
-        return None
-
-    def _lists_beside(self, owner: str, attentions: Iterable[str]) -> list[str]:
-        """Return a list of blocks; of attentions alone, with those beside it that are as long (XLM)."""
-        if f"{owner}.0" not in attentions:
-            return [owner]
-        above = self.modules[owner.rpartition(".")[0]]
-        beside = {n: m for n, m in above.named_children() if isinstance(m, nn.ModuleList)}
-        prefix = owner[: -len(owner.rpartition(".")[2])]
-        return [prefix + n for n, m in beside.items() if len(m) == len(self.modules[owner])]  # type: ignore[arg-type]
-
-    def _side(self, path: str) -> str:
-        both = any(isinstance(module, nn.Transformer) for module in self.modules.values())
-        if not both and not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
-            return ""
-        parts = path.split(".")
-        return "decoder" if "decoder" in parts else "encoder" if "encoder" in parts else ""
+    def _two_sided(self) -> bool:
+        """Whether the model has an encoder and a decoder."""
+        torchs = any(isinstance(module, nn.Transformer) for module in self.modules.values())
+        return torchs or bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
 
     def _parent_of_blocks(self) -> nn.Module:
         """Return the module that is called with the token sequence: the owner of the list of blocks."""
@@ -230,7 +175,7 @@ class Anatomy:
                 continue
             parts, cross = self._leaf_parts(name, module, kind, block)
             if name in self.told:
-                parts = parts_of(name, self.told[name], _shape(module, kind)[0])
+                parts = parts_of(name, self.told[name], shape_of(module, kind)[0])
             elif id(module) in heads:
                 parts = [("head", None)]
             elif module in embeddings:
@@ -255,7 +200,7 @@ class Anatomy:
         leaf = name.rsplit(".", 1)[-1]
         for path, attention, cross in block.attentions:
             if name.startswith(path + "."):
-                fused = fused_parts(leaf, attention, *_shape(module, kind))
+                fused = fused_parts(leaf, attention, *shape_of(module, kind))
                 return [*fused] or [(alias(leaf, ATTENTION), None)], cross
             parent = path.rsplit(".", 1)[0]
             if "att" in parent.rsplit(".", 1)[-1].lower() and name.startswith(f"{parent}."):
@@ -264,7 +209,7 @@ class Anatomy:
             return [("", None)], False
         if leaf == "dense":
             return [("up" if name.split(".")[-2] in ("intermediate", "dense") else "down", None)], False
-        halves = gated_parts(leaf, _shape(module, kind)[0])
+        halves = gated_parts(leaf, shape_of(module, kind)[0])
         return [*halves] or [(alias(leaf, FEED_FORWARD) or self._in_sequence(name), None)], False
 
     def _in_sequence(self, name: str) -> str:
@@ -304,119 +249,6 @@ class Anatomy:
         tied: list[nn.Module] = [m for m in others if m.weight is embedding.weight]
         return tied or [embedding]
 
-    # -- sublayers and attention -----------------------------------------------------------------
-
-    def _sublayers(self, block: Block) -> Iterator[SublayerSite]:
-        norms = [m for _, m in block.module.named_children() if layer_kind(m) == "norm"]
-        if getattr(block.module, "norm_first", True) is False:
-            norms = []  # torch's layers say where their norms stand: here after the residual is added
-        for name, module, cross in block.attentions:
-            first = norms[0] if norms and not cross else None
-            role = "cross_attention" if cross else "attention"
-            yield from self._sublayer(block, role, name, module, first, cross)
-        downs = (s for s in self.leaves if s.role == "down" and self._inside.get(id(s.module)) is block)
-        for path, site in {self._around(s): s for s in downs}.items():
-            yield from self._ffn(block, path, site, norms[-1] if norms else None)
-
-    def _around(self, down: ModuleSite) -> str:
-        """Return the path of the feed-forward a down-projection is part of: of all experts' together."""
-        path = down.name.split("[")[0].rpartition(".")[0]
-        parts = path.split(".")
-        if "experts" in parts:
-            return ".".join(parts[: parts.index("experts")])
-        above = path.rpartition(".")[0]
-        return above if f"{above}.experts" in self.modules else path
-
-    def _ffn(
-        self, block: Block, path: str, down: ModuleSite, norm: nn.Module | None
-    ) -> Iterator[SublayerSite]:
-        module = self.modules[path]
-        ups = (s for s in self.leaves if s.role == "up" and self._inside.get(id(s.module)) is block)
-        up = next(ups, None)
-        if path != block.name and not _is_post_norm(module):
-            yield from self._sublayer(block, "ffn", path, module, norm, False)
-        elif up is not None and path != block.name:
-            tap = Tap(up.module, 0, "input")
-            yield self._post_norm(block, "ffn", module, tap, up.in_features, False)
-        elif up is not None and up.name.rsplit(".", 1)[0] == path:
-            # BART writes both layers into the block: y is what the second gives, before the dropout.
-            yield SublayerSite(
-                name=self._named(block, "ffn"), module=down.module, role="ffn", layer=block.layer,
-                side=block.side, features=up.in_features, x=Tap(up.module, 0, "input"),
-            )  # fmt: skip
-
-    def _sublayer(
-        self, block: Block, role: str, name: str, module: nn.Module, norm: nn.Module | None, cross: bool
-    ) -> Iterator[SublayerSite]:
-        parent = self.modules[name.rsplit(".", 1)[0]]
-        features = self._features_read(name)
-        if not features:
-            return
-        beside = getattr(parent, "output", None)
-        if parent is not block.module and isinstance(beside, nn.Module) and _is_post_norm(beside):
-            yield self._post_norm(block, role, beside, Tap(module, 0, "hidden_states"), features, cross)
-            return
-        residual = Tap(norm, 0, "input") if norm is not None else None
-        owner, dropout = module, getattr(parent, "dropout", None)
-        if parent is not block.module and isinstance(dropout, nn.Module):
-            residual, owner = Tap(parent, 0, "hidden_states"), dropout
-        yield SublayerSite(
-            name=self._named(block, role), module=owner, role=role, layer=block.layer, side=block.side,
-            cross=cross, features=features, x=Tap(module, 0, "hidden_states"), residual=residual,
-        )  # fmt: skip
-
-    def _named(self, block: Block, role: str) -> str:
-        """Return a name of the sublayer's own: ViT calls the attention module so, too."""
-        name = f"{block.name}.{role}"
-        name = f"{name}[sublayer]" if name in self.modules else name
-        count = self._named_so[name] = self._named_so.get(name, 0) + 1
-        return name if count == 1 else f"{name}[{count}]"
-
-    def _post_norm(
-        self, block: Block, role: str, output: nn.Module, x: Tap, features: int, cross: bool
-    ) -> SublayerSite:
-        norm = next(m for m in output.children() if layer_kind(m) == "norm")
-        return SublayerSite(
-            name=self._named(block, role), module=output.get_submodule("dropout"), role=role,
-            layer=block.layer, side=block.side, cross=cross, features=features, x=x,
-            residual=Tap(output, 1, "input_tensor"), norm=norm,
-        )  # fmt: skip
-
-    def _features_read(self, name: str) -> int:
-        """Return how many features the first linear layer below a path reads; 0 if there is none."""
-        return next((s.in_features for s in self.leaves if s.name.startswith(name + ".") and s.is_linear), 0)
-
-    def _attention_sites(self) -> list[AttentionSite]:
-        groups: dict[tuple[str, bool], list[AttentionSite]] = {}
-        for block in self.blocks:
-            for name, module, cross in block.attentions:
-                site = self._attention(block, name, module, cross)
-                if site is None:
-                    continue
-                group = groups.setdefault((site.side, site.cross), [])
-                site.index = len(group)
-                group.append(site)
-        for group in groups.values():
-            for site in group:
-                site.count = len(group)
-        return [site for group in groups.values() for site in group]
-
-    def _attention(self, block: Block, name: str, module: nn.Module, cross: bool) -> AttentionSite | None:
-        """Return the attention as a site if queries, keys and values have heads of one size."""
-        by_role = {s.role: s for s in self.leaves if s.name.startswith(name + ".")}
-        query, key, value = (by_role.get(role) for role in ("query", "key", "value"))
-        if query is None or key is None or value is None or key.out_features != value.out_features:
-            return None
-        known = heads_of(module, query.out_features)
-        if known and query.out_features * known[1] != key.out_features * known[0]:
-            return None  # latent attention: its keys have a part that no layer of their own makes
-        dim = of(module, DIMS) or query.out_features
-        return AttentionSite(
-            name=name, module=module, role="attention", layer=block.layer, side=block.side, cross=cross,
-            features=query.in_features, heads=query.out_features // dim,
-            kv_heads=key.out_features // dim, head_dim=dim,
-        )  # fmt: skip
-
 
 def anatomy(model: nn.Module) -> Anatomy:
     """Return which module of `model` plays which role; printed, it is a tree with the roles beside it.
@@ -439,32 +271,3 @@ def uses_attention_interface(module: nn.Module) -> bool:
     """Return whether the module's own file calls attention through transformers' interface."""
     source = sys.modules.get(type(module).__module__)
     return hasattr(source, "ALL_ATTENTION_FUNCTIONS") and hasattr(module, "config")
-
-
-def layer_kind(module: nn.Module) -> str | None:
-    """Return the kind of leaf layer `module` is, or None."""
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return "conv"
-    name = type(module).__name__
-    weight = module._parameters.get("weight")
-    if name == "Conv1D" and weight is not None and weight.dim() == 2:
-        return "conv1d"
-    return "norm" if "Norm" in name and weight is not None and weight.dim() == 1 else None
-
-
-def _shape(module: nn.Module, kind: str) -> tuple[int, int]:
-    """Return (out, in) of a linear layer."""
-    weight: Any = module.weight
-    if kind == "conv1d":
-        return int(weight.shape[1]), int(weight.shape[0])
-    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-
-
-def _is_post_norm(module: nn.Module) -> bool:
-    """Whether `module` is BERT's shape of output: dense, dropout, add, norm."""
-    kinds = [layer_kind(m) for m in module.children()]
-    return "norm" in kinds and "linear" in kinds and isinstance(getattr(module, "dropout", None), nn.Dropout)

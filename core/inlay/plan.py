@@ -93,14 +93,17 @@ def check_module(model: object, verb: str) -> None:
 
 
 def with_trained(stack: Stack, targets: Sequence[str]) -> Stack:
-    """Return the stack with a last part that trains the base's own tensors at `targets`."""
+    """Return the stack with an innermost part that trains the base's own tensors at `targets`.
+
+    Innermost, so that what else acts there adds to the trained values.
+    """
     if not targets:
         return stack
     from inlay.authoring.trained import Trained
 
     if not isinstance(targets, (list, tuple)):
         raise ConfigError("train is a list of targets", saw=shown(targets), do='train=("head",)')
-    return stack + Trained(targets=tuple(targets))
+    return Trained(targets=tuple(targets)) + stack
 
 
 def resolve_stack(model: nn.Module, stack: Stack) -> list[tuple[Part, tuple[Site, ...]]]:

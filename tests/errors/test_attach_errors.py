@@ -26,6 +26,7 @@ from inlay.authoring import (
     hookimpl,
     setting,
 )
+from inlay.authoring.trained import Trained
 from inlay.errors import AttachError, ConfigError, InlayError, StateError
 from inlay.stack import need_state
 from inlay.testing.models import batch_for, build
@@ -291,8 +292,8 @@ def test_a_part_whose_place_another_takes_is_refused() -> None:
     model = build("bert")
     match = r"'default/lora' would learn for nothing at classifier\n.*'default/trained', above it"
     with refused(AttachError, match, model=model):
-        inlay.attach(model, LoRA(targets=["head"]), train=("head",))
-    inlay.attach(model, LoRA(targets=["linear"]), train=("head",))
+        inlay.attach(model, LoRA(targets=["head"]) + Trained(targets=["head"]))
+    inlay.attach(model, LoRA(targets=["head"]), train=("head",))  # innermost, whatever else is there
     inlay.attach(model, LoRA(targets=["head"]), name="second")  # above it, both act
 
 

@@ -16,7 +16,7 @@ from inlay.errors import ConfigError, TargetError
 from inlay.targets import by_name, resolve
 from inlay.testing.models import FAMILIES, build
 from inlay.testing.refusal import refused
-from inlay_lora import LoRA
+from inlay_lora import DoRA, LoRA
 from inlay_prefix import PrefixTuning
 from inlay_scaling import IA3
 from inlay_selective import BitFit
@@ -63,7 +63,7 @@ ROLES = {
         r"has no 'gate' that lora could act on[\s\S]*roles found here: .*\bup\b",
     ),
     "no cross-attention": ("llama", LoRA(targets=["cross_attention"]), "has no 'cross_attention'"),
-    "no embedding of tokens": ("vit", LoRA(targets=["embedding"]), "has no 'embedding'"),
+    "no embedding of tokens": ("vit", DoRA(targets=["embedding"]), "has no 'embedding'"),
     "a block for LoRA": ("llama", LoRA(targets=["block"]), "has no 'block' that lora could act on"),
     "layers for a prefix": (
         "llama",

@@ -152,7 +152,7 @@ def _idle(model: Any, batch: dict[str, Any], moving: set[str]) -> list[str]:
 def _moving(model: Any, batch: dict[str, Any]) -> set[str]:
     """Return the sites of a bare model whose weight gets a gradient: towers without input do not run."""
     model(**batch).logits.float().square().mean().backward()
-    grads = [(s, getattr(s.module, s.weight_name).grad) for s in Anatomy(model).leaves]
+    grads = [(s, getattr(s.tensor(s.weight_name), "grad", None)) for s in Anatomy(model).leaves]
     moving = {site.name for site, grad in grads if grad is not None and bool(site.cut(grad).any())}
     model.zero_grad()
     return moving
