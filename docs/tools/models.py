@@ -15,12 +15,13 @@ NONE = "no attention and feed-forward"
 HEAD = """# Models
 
 Roles are found by structure: the names and shapes of what stands in a model's blocks, with a table of names
-but none of architectures. This page is made by `docs/tools/models.py` from the default configuration of every
-model class in transformers' auto classes for causal and masked language models, sequence to sequence,
-sequence and image classification, on the meta device with few layers. A mark under a method says that it finds
-its default places there. "Measured" counts the layers (and slices and experts) of a tiny model of the class that
-LoRA was put on, all that have a role: its output changed, each of them got a gradient that the base's weight there
-gets, merging gave the same output, and detaching the first one bit for bit.
+but none of architectures. `print(inlay.anatomy(model))` shows it for yours. This page is made by
+`docs/tools/models.py` from the default configuration of every model class in transformers' auto classes for
+causal and masked language models, sequence to sequence, sequence and image classification, on the meta device
+with few layers. A mark under a method says that it finds its default places there. "Measured" counts the layers
+(and slices and experts) of a tiny model of the class that LoRA was put on, all that have a role: its output
+changed, each of them got a gradient if the base's weight there gets one, merging gave the same output, and
+detaching the first one bit for bit.
 
 """
 
@@ -32,11 +33,11 @@ def page(everything: Sequence[Any], proofs: Sequence[Any], reasons: Mapping[str,
     whole = sum(not found.missing for found in built)
     measured = {p.kind: p.sites for p in proofs if p.sites and not p.wrong}
     asked = [found for found in built if reasons.get(found.type) != NONE]
-    text = (
-        HEAD
-        + f"{len(built)} classes could be built, {len(asked)} of them with attention and a feed-forward part; "
+    share = f"{100 * whole / len(asked):.1f} %"
+    text = HEAD + (
+        f"{len(built)} classes could be built, {len(asked)} of them with attention and a feed-forward part; "
+        f"all roles were found in {whole} ({share}), {len(measured)} were measured.\n\n"
     )
-    text += f"all roles were found in {whole} ({100 * whole / len(asked):.1f} %), {len(measured)} were measured.\n\n"
     heads = ["class", "roles", *(f"`{m}`" for m in methods), "measured"]
     text += "| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|"
     for found in sorted(built, key=lambda f: f.kind):
