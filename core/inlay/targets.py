@@ -14,6 +14,8 @@ from inlay.method import Method
 from inlay.sites import ModuleSite, Site
 
 PIECE = re.compile(r"\s*([0-9]{1,4})\s*(?:-\s*([0-9]{1,4})\s*)?")  # a model has at most thousands of blocks
+SIDED = ("query", "key", "value", "output", "gate", "up", "down", "attention", "ffn")
+SIDES = ("encoder", "decoder", "both")
 INSIDE = {
     "attention": ("query", "key", "value", "output"),
     "ffn": ("gate", "up", "down"),
@@ -80,9 +82,13 @@ def layer_numbers(layers: Sequence[int] | str) -> set[int]:
 
 
 def _matches(anatomy: Anatomy, method: Method, entry: str) -> list[Site]:
-    found = _by_role(anatomy, method, entry) if entry in ROLES else _by_name(anatomy, method, entry)
+    side, role = split_side(entry)
+    found = _by_role(anatomy, method, role) if role in ROLES else _by_name(anatomy, method, entry)
+    found = [site for site in found if side in ("", "both", site.side)]
     if not found:
         raise _nothing(anatomy, method, entry)
+    if not side and role in SIDED and role in (method.targets or ()):
+        _check_one_side(anatomy, role, found)
     suiting = [site for site in found if method.suits(site)]
     if not suiting:
         raise TargetError(
@@ -91,6 +97,23 @@ def _matches(anatomy: Anatomy, method: Method, entry: str) -> list[Site]:
             do=method.unsuited(),
         )
     return suiting
+
+
+def split_side(entry: str) -> tuple[str, str]:
+    """Return ("encoder", "query") of "encoder.query"; of any other entry ("", entry)."""
+    side, _, role = entry.partition(".")
+    return (side, role) if side in SIDES and role in ROLES else ("", entry)
+
+
+def _check_one_side(anatomy: Anatomy, role: str, found: Sequence[Site]) -> None:
+    """Raise if a role that the user named is there in an encoder and in a decoder: which is meant?"""
+    count = {side: sum(site.side == side for site in found) for side in ("encoder", "decoder")}
+    if all(count.values()):
+        raise TargetError(
+            f"{role!r} is in the encoder and in the decoder of this {anatomy.family}",
+            saw=f"{count['encoder']} in the encoder, {count['decoder']} in the decoder",
+            do=f'say which: "encoder.{role}", "decoder.{role}" or "both.{role}"',
+        )
 
 
 def _by_role(anatomy: Anatomy, method: Method, role: str) -> list[Site]:

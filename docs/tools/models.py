@@ -18,10 +18,10 @@ Roles are found by structure: the names and shapes of what stands in a model's b
 but none of architectures. `print(inlay.anatomy(model))` shows it for yours. This page is made by
 `docs/tools/models.py` from the default configuration of every model class in transformers' auto classes for
 causal and masked language models, sequence to sequence, sequence and image classification, on the meta device
-with few layers. A mark under a method says that it finds its default places there. "Measured" counts the layers
-(and slices and experts) of a tiny model of the class that LoRA was put on, all that have a role: its output
-changed, each of them got a gradient if the base's weight there gets one, merging gave the same output, and
-detaching the first one bit for bit.
+with few layers. A mark under a method says that it finds its default places there. "Measured" counts the
+layers (and slices and experts) of a tiny model of the class that LoRA was put on, all that have a role: its
+output changed, each of them got a gradient if the base's weight there gets one, merging gave the same output,
+and detaching the first one bit for bit.
 
 """
 

@@ -206,3 +206,20 @@ def test_every_entry_matches_or_nothing_is_done(family: str, targets: list[str])
         alone = {s.name for s in resolve(anatomy, LoRA(targets=[entry]))}
         assert alone
         assert alone <= {s.name for s in sites}
+
+
+def test_a_role_on_both_sides_asks_which_is_meant() -> None:
+    model = build("t5")
+    match = (
+        r"'query' is in the encoder and in the decoder of this T5For[\s\S]*2 in the encoder, 4 in the decoder"
+    )
+    with refused(TargetError, match, model=model):
+        inlay.attach(model, LoRA(targets=["query"]))
+    sides = {t: inlay.plan(model, LoRA(targets=[t])).parts[0].sites for t in
+             ("encoder.query", "decoder.query", "both.query", "cross_attention")}  # fmt: skip
+    assert {s.side for s in sides["encoder.query"]} == {"encoder"}
+    assert {s.side for s in sides["decoder.query"]} == {"decoder"}
+    assert len(sides["both.query"]) == len(sides["encoder.query"]) + len(sides["decoder.query"]) == 6
+    inlay.plan(model, LoRA(targets=["linear"]))  # all layers are all layers
+    inlay.plan(model, LoRA())  # and a method's own default its paper's setting
+    inlay.plan(build("llama"), LoRA(targets=["both.query"]))

@@ -27,9 +27,10 @@ def pair(draw: st.DrawFn, inner: Joined, outer: Joined, rule: Rule, turn: int) -
     families = [f for f in FAMILIES if f in inner.families and f in outer.families]
     if not families or (inner.replaces and outer.replaces):  # the upper would hide the lower: refused
         return None
-    stack = (draw(members(inner, "inner")), draw(members(outer, "outer")))
+    family = families[turn % len(families)]
+    stack = (draw(members(inner, "inner", family)), draw(members(outer, "outer", family)))
     dtype = getattr(torch, rule.dtypes[turn % len(rule.dtypes)])
-    case = Case(families[turn % len(families)], dtype, stack, turn % 7)
+    case = Case(family, dtype, stack, turn % 7)
     concerns = {"merging": case.merging(), "lasting": case.lasting()}.get(rule.concerns, True)
     return case if concerns else None
 

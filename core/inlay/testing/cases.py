@@ -18,7 +18,7 @@ from inlay.anatomy import Anatomy
 from inlay.method import Method
 from inlay.sites import Site
 from inlay.stack import Part, Stack
-from inlay.targets import resolve
+from inlay.targets import SIDED, resolve
 from inlay.testing.models import batch_for, build
 from inlay.testing.rule import Rule
 
@@ -127,10 +127,12 @@ def lively_settings(family: str) -> dict[str, float]:
     return {} if family == "t5" else {"initializer_range": 0.2}
 
 
-def members(joined: Joined, name: str) -> st.SearchStrategy[Member]:
-    """Draw a configuration, targets and layers of a method."""
+def members(joined: Joined, name: str, family: str) -> st.SearchStrategy[Member]:
+    """Draw a configuration, targets and layers of a method; with two sides, both are meant."""
 
     def placed(method: Method, targets: tuple[str, ...] | None, layers: Any) -> Member:
+        if family == "t5" and targets is not None:
+            targets = tuple(f"both.{role}" if role in SIDED else role for role in targets)
         changes: dict[str, Any] = {
             k: v for k, v in (("targets", targets), ("layers", layers)) if v is not None
         }
@@ -178,7 +180,7 @@ def cases(
     beside = [o for o in others if family in o.families]
     around = st.sampled_from([None, *beside])
     chosen = [(draw(around), "below"), (joined, "subject"), (draw(around), "above")]
-    stack = visible(family, tuple(draw(members(j, name)) for j, name in chosen if j is not None))
+    stack = visible(family, tuple(draw(members(j, name, family)) for j, name in chosen if j is not None))
     dtype = getattr(torch, draw(st.sampled_from(tuple(dtypes))))
     return Case(family, dtype, stack, draw(st.integers(0, 30)))
 
@@ -193,6 +195,7 @@ def stacks(draw: st.DrawFn, methods: Sequence[Joined], *, rule: Rule, least: int
     if not families:
         families = ["bert" if "bert" in known else known[0]]
         order = [j for j in order if families[0] in j.families]
-    stack = tuple(draw(members(j, f"m{i}")) for i, j in enumerate(order))
+    family = draw(st.sampled_from(families))
+    stack = tuple(draw(members(j, f"m{i}", family)) for i, j in enumerate(order))
     dtype = getattr(torch, draw(st.sampled_from(rule.dtypes)))
-    return Case(draw(st.sampled_from(families)), dtype, stack, draw(st.integers(0, 30)))
+    return Case(family, dtype, stack, draw(st.integers(0, 30)))

@@ -129,8 +129,8 @@ def test_folded_weights() -> None:
 
 
 def test_scaling_the_linear_half_of_a_gated_unit_is_scaling_the_down_projections_input() -> None:
-    outside, inside = adapted("t5", targets=["up"]), settled("t5")
-    inlay.attach(inside, IA3(targets=["down"]), seed=0)
+    outside, inside = adapted("t5", targets=["both.up"]), settled("t5")
+    inlay.attach(inside, IA3(targets=["both.down"]), seed=0)
     ours = {site.rpartition(".")[0]: delta for site, delta in deltas_of(outside).items()}
     assert len(ours) == 4
     with torch.no_grad():
