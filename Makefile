@@ -10,7 +10,7 @@ install: $(STAMP)
 
 $(STAMP): constraints.txt pyproject.toml $(wildcard plugins/*/pyproject.toml) contrib/train/pyproject.toml
 	test -x $(PY) || python3 -m venv .venv
-	$(PY) -m pip install -q -c constraints.txt torch transformers accelerate bitsandbytes pluggy safetensors \
+	$(PY) -m pip install -q -c constraints.txt torch transformers accelerate bitsandbytes torchao pluggy safetensors \
 	    packaging pytest pytest-xdist hypothesis ruff mypy typer rich hatchling editables \
 	    filelock jinja2 matplotlib pyarrow pydantic pyyaml
 	# The demo's pretrained encoder; of its dependencies only its own files are needed.

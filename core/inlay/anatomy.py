@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from inlay.backends import SEALED
 from inlay.hosts import Deltas
 from inlay.roles import (
     ATTENTION,
@@ -350,6 +351,8 @@ def layer_kind(module: nn.Module) -> str | None:
         return "embedding"
     if isinstance(module, nn.Conv2d):
         return "conv2d"
+    if SEALED.handles(module):  # a quantised layer of a class of its own
+        return "linear"
     name = type(module).__name__
     weight = module._parameters.get("weight")
     if name == "Conv1D" and weight is not None and weight.dim() == 2:

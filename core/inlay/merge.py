@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from inlay.attach import refused_while_merged, remove
+from inlay.backends import backend_of
 from inlay.compile import Entry, members_of
 from inlay.delta import Fold
 from inlay.errors import CannotMerge, ConfigError, MergedError, RegistryError, StateError, shown
@@ -18,7 +20,9 @@ from inlay.programs import Onion
 from inlay.registry import registry
 from inlay.sites import ModuleSite
 from inlay.stack import Placed, State, need_state
-from inlay.weights import as_stored, is_quantised, read, stored
+from inlay.thaw import WAYS, Thawed
+from inlay.weights import as_stored, read
+from inlay.writing import Undo, check_can_write, write
 
 PROBES = 16
 
@@ -26,14 +30,17 @@ PROBES = 16
 @dataclass(frozen=True)
 class MergedSite:
     """What folding did at one site: ‖ΔW‖, the measured error of the folded layer against the adapted
-    one as a share of the effect (None where the site has no linear probe), and the share of ΔW
-    lost to the storage dtype's rounding."""
+    one as a share of the effect (None where the site has no linear probe), and what storing cost as a
+    share of ΔW and of W: the rounding of the weight's dtype, or of the few bits it went back into.
+    `quantised` says what became of a quantised layer."""
 
     site: str
     parts: tuple[str, ...]
     change: float
     error: float | None
     rounding: float
+    noise: float = 0.0
+    quantised: str | None = None
 
 
 @dataclass
@@ -49,20 +56,35 @@ class MergeReport:
 
     def __str__(self) -> str:
         parts = sorted({p for s in self.sites for p in s.parts})
-        return (
+        text = (
             f"merged {', '.join(parts)} at {len(self.sites)} sites; largest error {self.worst:.1e} of the "
             f"effect; {self.kept_bytes:,} bytes kept for unmerge"
         )
+        if layers := [s for s in self.sites if s.quantised]:
+            text += f"; {len(layers)} in quantised layers, {layers[0].quantised}d: storing cost up to "
+            text += f"{max(s.rounding for s in layers):.1e} of the change, {max(s.noise for s in layers):.1e} of "
+            text += "the weight"
+        return text
 
 
 def merge(
-    model: nn.Module, parts: Sequence[str] | None = None, *, undo: bool = True, tolerance: float = 1e-3
+    model: nn.Module,
+    parts: Sequence[str] | None = None,
+    *,
+    undo: bool = True,
+    tolerance: float = 1e-3,
+    quantised: str | None = None,
 ) -> MergeReport:
     """Fold active adapters into the base's weights; return a certificate of what it did.
 
     `parts` names adapters or parts (default: all that are active). With `undo` a copy of each
     changed tensor is kept, and `unmerge` restores it bit for bit; without, the folded parts are
     gone afterwards and a model without other adapters is plain again.
+
+    A quantised layer is merged into only if `quantised` says how: "dequantise" makes it a plain linear
+    layer in the dtype around it; "requantise" writes the merged weight back in the layer's own few
+    bits, and the report says what that costs (`rounding`: more than 1 means that it cost more than the
+    whole change). `unmerge` gives the very same quantised layers back.
 
     Raises `CannotMerge`, the model untouched, where a part has no weight form, a member below it
     stays unmerged and does not commute with it, a storage is shared with another use, the layer
@@ -75,6 +97,12 @@ def merge(
             saw=f"tolerance={shown(tolerance)}",
             do="give a share of the effect, such as 1e-3",
         )
+    if quantised not in (None, *WAYS):
+        raise ConfigError(
+            "quantised layers cannot be merged into that way",
+            saw=f"quantised={shown(quantised)}",
+            do='give "dequantise", "requantise", or leave it out',
+        )
     if any(p.merged for p in state.placed.values()):
         raise refused_while_merged(state, "merge")
     chosen = _chosen(state, parts)
@@ -85,18 +113,18 @@ def merge(
     for entries in modules.values():
         _check_order(entries, {p.id for p in chosen})
     report = MergeReport()
-    written: list[tuple[nn.Module, str, Tensor | None]] = []
+    kept = Undo()
     try:
         for entries in modules.values():
-            _merge_module(state, entries, folds, tolerance, report, written)
+            report.sites += _merge_module(state, entries, folds, tolerance, quantised, kept)
     except BaseException:
-        _put_back(written)
+        kept.put_back()
         raise
     for placed in chosen:
         placed.merged = True
     if undo:
-        state.merged_tensors = written
-        report.kept_bytes = sum(t.numel() * t.element_size() for _, _, t in written if t is not None)
+        state.merged = kept
+        report.kept_bytes = kept.bytes
         apply_masks(state)
         state.activate()
     else:
@@ -107,12 +135,12 @@ def merge(
 def unmerge(model: nn.Module) -> None:
     """Restore every merged weight to the very bits it had; the adapters act again."""
     state = need_state(model)
-    if not state.merged_tensors:
+    if not state.merged:
         raise StateError(
             "nothing is merged", saw="no kept weights", do="merge with undo=True to be able to undo"
         )
-    _put_back(state.merged_tensors)
-    state.merged_tensors = []
+    state.merged.put_back()
+    state.merged = None
     for placed in state.placed.values():
         placed.merged = False
     apply_masks(state)
@@ -166,28 +194,60 @@ def _merge_module(
     entries: Sequence[Entry],
     folds: dict[int, dict[ModuleSite, Fold]],
     tolerance: float,
-    report: MergeReport,
-    written: list[tuple[nn.Module, str, Tensor | None]],
-) -> None:
-    """Fold every chosen entry of one module, slice by slice."""
+    quantised: str | None,
+    kept: Undo,
+) -> list[MergedSite]:
+    """Fold every chosen entry of one module, slice by slice; what was there goes to `kept`."""
     sites: dict[str, list[Entry]] = {}
     for entry in entries:
         if entry[0].id in folds:
             sites.setdefault(entry[1].name, []).append(entry)
     for here in sites.values():
+        check_can_write(state, here[0][1], quantised)
+    layer = _thawed(next(iter(sites.values()))[0][1], kept) if sites else None
+    tensors = kept.tensors if layer is None else []  # a layer is put back as a whole
+    done: list[tuple[MergedSite, ModuleSite, Tensor]] = []
+    for here in sites.values():
         site = here[0][1]
         assert isinstance(site, ModuleSite)
-        check_can_write(state, site)
         with torch.no_grad():
             weight, bias = read(site)
             folded = _folded(here, folds, weight, bias)
             error = _measured(state, here, (weight, bias), folded)
             _check_result(site, here, folded, error, tolerance)
-            written += _write(site.module, as_stored(site, *folded))
-            change = folded[0] - weight
-            lost = (read(site)[0] - folded[0]).norm() / change.norm().clamp(min=1e-30)
+            tensors += write(site.module, as_stored(site, *folded))
+            change = float((folded[0] - weight).norm())
         names = tuple(dict.fromkeys(p.path for p, _, _ in here))
-        report.sites.append(MergedSite(site.name, names, float(change.norm()), error, float(lost)))
+        way = None if layer is None else quantised
+        done.append((MergedSite(site.name, names, change, error, 0.0, quantised=way), site, folded[0]))
+    if layer is not None:
+        assert quantised is not None
+        layer.settle(quantised)
+    return [_stored_at(*one) for one in done]
+
+
+def _thawed(site: Any, kept: Undo) -> Thawed | None:
+    """Make the site's layer a plain one, if it is quantised."""
+    backend = backend_of(site.module)
+    if backend is None:
+        return None
+    layer = Thawed(site.module, backend, site.reference.dtype)
+    kept.layers[site.module] = layer.original
+    return layer
+
+
+def _stored_at(merged: MergedSite, site: ModuleSite, folded: Tensor) -> MergedSite:
+    """Return the record of a site with what storing its folded weight cost."""
+    with torch.no_grad():
+        lost = float((read(site)[0] - folded).norm())
+    if not lost < math.inf:
+        raise CannotMerge(
+            "the merged weight does not fit into the layer's own bits",
+            saw=f"{', '.join(merged.parts)} at {site.name}: values that are not finite",
+            do='merge(..., quantised="dequantise"), or check the adapter',
+        )
+    size = float(folded.norm())
+    return replace(merged, rounding=lost / max(merged.change, 1e-30), noise=lost / max(size, 1e-30))
 
 
 def _folded(
@@ -277,73 +337,4 @@ def _check_result(
         )
 
 
-def check_can_write(state: State, site: ModuleSite) -> None:
-    """Raise unless the site's weight can be replaced without changing anything else."""
-    module = site.module
-    weight = module._parameters.get(site.weight_name)
-    reason = ""
-    if weight is None:
-        reason = "its weight is computed by a parametrization; remove that first"
-    elif is_quantised(module):
-        reason = "it is quantised; merge into a model loaded without quantisation"
-    elif type(weight.data).__name__ == "DTensor" or hasattr(weight, "placements"):
-        reason = "its weight is sharded; merge before sharding, or load on one process"
-    elif stored(module, site.weight_name) is not stored(module, site.weight_name):
-        reason = "its weight is offloaded to disk; merge before offloading"
-    else:
-        reason = _shared_with(state, site)
-    if reason:
-        raise CannotMerge(
-            "the weight cannot be written",
-            saw=f"{site.name}: {reason}",
-            do="merge other parts, or keep it attached",
-        )
-
-
-def _shared_with(state: State, site: ModuleSite) -> str:
-    """Return why writing would change another use of the same storage, or ""."""
-    kept = stored(site.module, site.weight_name)
-    assert kept is not None
-    storage = kept.untyped_storage().data_ptr()
-    for path, owner in state.model.named_modules(remove_duplicate=False):
-        for name in owner._parameters if owner is not site.module else ():
-            other = stored(owner, name)
-            if other is not None and other.untyped_storage().data_ptr() == storage != 0:
-                return f"its storage is tied to {path}.{name}; untie them, or keep it attached"
-    return ""
-
-
-def _write(module: nn.Module, tensors: dict[str, Tensor]) -> list[tuple[nn.Module, str, Tensor | None]]:
-    """Put tensors into a module's parameters; return what was there."""
-    old: list[tuple[nn.Module, str, Tensor | None]] = []
-    for name, tensor in tensors.items():
-        parameter = module._parameters.get(name)
-        if parameter is None:
-            old.append((module, name, None))
-            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-        elif parameter.device.type == "meta":
-            kept = stored(module, name)
-            assert kept is not None
-            old.append((module, name, kept.clone()))
-            kept.copy_(tensor)
-        else:
-            old.append((module, name, parameter.data))
-            parameter.data = tensor.to(parameter.device)
-    return old
-
-
-def _put_back(written: Sequence[tuple[nn.Module, str, Tensor | None]]) -> None:
-    for module, name, tensor in reversed(written):
-        parameter = module._parameters[name]
-        if tensor is None:
-            module._parameters[name] = None
-        elif parameter is not None and parameter.device.type == "meta":
-            kept = stored(module, name)
-            assert kept is not None
-            kept.copy_(tensor)
-        else:
-            assert parameter is not None
-            parameter.data = tensor
-
-
-__all__ = ["MergeReport", "MergedError", "MergedSite", "check_can_write", "merge", "unmerge"]
+__all__ = ["MergeReport", "MergedError", "MergedSite", "merge", "unmerge"]

@@ -6,13 +6,13 @@ a bare tensor's weight keeps its own shape. Slices of fused projections are cut 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from inlay.backends import Backend, backend_of
 from inlay.errors import CannotMerge
 from inlay.hosts import CHILD
 from inlay.sites.site import hooks_of
@@ -31,6 +31,16 @@ def whole(tensor: Tensor) -> Tensor:
     """Return a sharded tensor (DTensor) in full, any other as it is; every process must ask for it."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
+
+
+def parts_of(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the plain tensors that a tensor is made of: itself, or those of a wrapping subclass."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        yield tensor
+        return
+    for name in flatten()[0]:
+        yield from parts_of(getattr(tensor, name))
 
 
 def stored(module: nn.Module, name: str) -> Tensor | None:
@@ -69,12 +79,6 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def is_quantised(module: nn.Module) -> bool:
-    """Return whether the module keeps its weight in fewer bits than it computes in (bitsandbytes)."""
-    weight = module._parameters.get("weight")
-    return weight is not None and not weight.is_floating_point()
-
-
 class Dequantised(nn.Linear):
     """How a quantised layer runs with changed tensors: with all their bits, in the dtype of what it reads."""
 
@@ -83,19 +87,18 @@ class Dequantised(nn.Linear):
         return nn.functional.linear(x, self.weight.to(x.dtype), bias)
 
 
-def is_packed(module: nn.Module) -> bool:
-    """Return whether bitsandbytes rearranged a 4-bit weight for the CPU's inference kernel, at a forward."""
-    state = getattr(module._parameters.get("weight"), "quant_state", None)
-    return bool(getattr(state, "packing_format_for_cpu", False))
-
-
 def read(site: ModuleSite) -> tuple[Tensor, Tensor | None]:
     """Return (weight, bias) of a site, wide, dequantised, (out, in), cut to its slice."""
-    weight = _dequantised(site.module) if is_quantised(site.module) else stored(site.module, site.weight_name)
+    return read_by(backend_of(site.module), site)
+
+
+def read_by(backend: Backend | None, site: ModuleSite) -> tuple[Tensor, Tensor | None]:
+    """Return what `read` does, given what knows how the module's weight is quantised."""
+    found = stored(site.module, site.weight_name) if backend is None else backend.dequantize(site.module)
     bias = stored(site.module, site.bias_name) if site.bias_name else None
-    if weight is None:
+    if found is None:
         raise AttributeError(f"{site.name} has no tensor {site.weight_name!r}")
-    weight = wide(weight).T if site.layer_kind == "conv1d" else wide(weight)
+    weight = wide(found).T if site.layer_kind == "conv1d" else wide(found)
     if site.layer_kind == "norm":
         weight = weight + norm_offset(type(site.module))  # type: ignore[arg-type]
     bias = None if bias is None else wide(bias)
@@ -110,15 +113,19 @@ def holds_bias(site: ModuleSite) -> bool:
 
 
 def as_stored(
-    site: ModuleSite, weight: Tensor, bias: Tensor | None, changed: Mapping[str, Tensor] | None = None
+    site: ModuleSite,
+    weight: Tensor,
+    bias: Tensor | None,
+    changed: Mapping[str, Tensor] | None = None,
+    backend: Backend | None = None,
 ) -> dict[str, Tensor]:
     """Return the module's full tensors, in storage layout and dtype, that hold (weight, bias) at the site.
 
-    `changed` are full tensors that hold other slices of a fused projection already.
+    `changed` are full tensors that hold other slices of a fused projection already. What a quantised
+    layer's `backend` read stays as wide as it is.
     """
     module = site.module
     old, old_bias = stored(module, site.weight_name), stored(module, site.bias_name or "")
-    assert old is not None
     if site.layer_kind == "norm":
         weight = weight - norm_offset(type(module))  # type: ignore[arg-type]
     if bias is not None and not holds_bias(site):
@@ -128,9 +135,9 @@ def as_stored(
             do="keep this part attached, or leave norms without a bias out of its targets",
         )
     if site.part is not None:
-        weight, bias = _spliced(site, weight, bias, changed or {})
+        weight, bias = _spliced(site, weight, bias, changed or {}, backend)
     weight = weight.T if site.layer_kind == "conv1d" else weight
-    dtype = old.dtype if old.is_floating_point() else weight.dtype
+    dtype = weight.dtype if old is None or backend is not None else old.dtype
     tensors = {site.weight_name: weight.to(dtype).contiguous()}
     if bias is not None and site.bias_name:
         tensors[site.bias_name] = bias.to(dtype if old_bias is None else old_bias.dtype).contiguous()
@@ -138,13 +145,17 @@ def as_stored(
 
 
 def _spliced(
-    site: ModuleSite, weight: Tensor, bias: Tensor | None, changed: Mapping[str, Tensor]
+    site: ModuleSite,
+    weight: Tensor,
+    bias: Tensor | None,
+    changed: Mapping[str, Tensor],
+    backend: Backend | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the whole fused projection's tensors with the slice's rows replaced."""
     from dataclasses import replace
 
     assert site.part is not None
-    whole, whole_bias = read(replace(site, part=None))
+    whole, whole_bias = read_by(backend, replace(site, part=None))
     if site.weight_name in changed:
         whole = wide(changed[site.weight_name])
         whole = whole.T if site.layer_kind == "conv1d" else whole
@@ -154,32 +165,6 @@ def _spliced(
         whole_bias = torch.zeros_like(whole[:, 0]) if whole_bias is None else whole_bias
         whole_bias = site.part.put(whole_bias, bias, 0)
     return site.part.put(whole, weight, 0), whole_bias
-
-
-def _dequantised(module: Any) -> Tensor:
-    """Return a bitsandbytes layer's weight as it acts, (out, in)."""
-    bnb = sys.modules["bitsandbytes"]
-    if isinstance(module, bnb.nn.Linear4bit):
-        weight = module.weight
-        if is_packed(module):  # only the layer itself reads that
-            eye = torch.eye(module.in_features, dtype=module.compute_dtype or torch.float32)
-            with torch.no_grad():
-                out: Tensor = bnb.nn.Linear4bit.forward(_without_bias(module), eye)
-            return out.T.float()
-        dequantised: Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-        return dequantised.float()
-    state, weight = module.state, module.weight
-    scale = weight.SCB if weight.SCB is not None else state.SCB
-    codes = weight.data if weight.SCB is not None or state.CB is None else state.CB
-    values: Tensor = codes.float() * scale.float().view(-1, 1) / 127.0
-    return values
-
-
-def _without_bias(module: Any) -> Any:
-    base = getattr(type(module), "_inlay_base", type(module))
-    shadow = object.__new__(base)
-    shadow.__dict__ = {**module.__dict__, "_parameters": {**module._parameters, "bias": None}}
-    return shadow
 
 
 def norm_offset(kind: type[nn.Module]) -> float:
@@ -207,7 +192,7 @@ class Level:
     """
 
     def __init__(self, site: ModuleSite, below: Sequence[Delta]) -> None:
-        self.site, self.below = site, tuple(below)
+        self.site, self.below, self.backend = site, tuple(below), backend_of(site.module)
         self._key: tuple[int, ...] | None = None
         self._value: tuple[Tensor, Tensor | None] | None = None
         self._squares: tuple[Any, Tensor] | None = None
@@ -243,7 +228,7 @@ class Level:
         return (*value, self._squares[1])
 
     def _folded(self) -> tuple[Tensor, Tensor | None]:
-        weight, bias = read(self.site)
+        weight, bias = read_by(self.backend, self.site)
         for delta in self.below:
             weight, bias = delta.fold(weight, bias)
         return weight, bias

@@ -1,0 +1,84 @@
+"""Quantised layers in a merge: made plain in place, folded into as such, then what was asked for.
+
+The module stays the same object, so that what is attached to it stays; its class and its own
+attributes change. What it was is kept as a module of its class with the very tensors it had.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.backends import Backend
+from inlay.hosts import CHILD, change_own_class, own_class
+from inlay.weights import parts_of, wide
+
+WAYS = ("dequantise", "requantise")
+TENSORS = ("_parameters", "_buffers", "_non_persistent_buffers_set")
+# What belongs to a module whatever its class: hooks, children, mode; what inlay and accelerate put there.
+LASTING = {*nn.Module().__dict__, "_hf_hook", "_old_forward", "forward"} - {*TENSORS}
+
+
+class Thawed:
+    """A quantised layer that is a plain one for now; `original` is what it was."""
+
+    def __init__(self, module: nn.Module, backend: Backend, dtype: torch.dtype) -> None:
+        self.module, self.backend, self.dtype = module, backend, dtype
+        self.original = copy_of(module)
+        weight = wide(backend.dequantize(module)).clone()
+        held: Any = module._parameters.get("bias", module._buffers.get("bias"))
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        plain._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        plain._parameters["bias"] = None if held is None else nn.Parameter(wide(held).clone(), requires_grad=False)
+        put(module, plain)
+
+    def settle(self, how: str) -> None:
+        """Leave a plain layer in the dtype around it ("dequantise"), or one of the old kind ("requantise")."""
+        weight, bias = self.module._parameters["weight"], self.module._parameters["bias"]
+        assert weight is not None
+        if how == "dequantise":
+            for parameter in (weight, bias):
+                if parameter is not None:
+                    parameter.data = parameter.data.to(self.dtype)
+            return
+        attributes = self.backend.requantize(self.original, weight.data)
+        put(self.module, self.original)
+        self._put_bias(None if bias is None else bias.data)
+        for name, value in attributes.items():
+            own = self.module._parameters if name in self.module._parameters else self.module._buffers
+            (own if name in own else self.module.__dict__)[name] = value
+
+    def _put_bias(self, bias: Tensor | None) -> None:
+        own: Any = self.module._buffers if "bias" in self.module._buffers else self.module._parameters
+        old = own["bias"]
+        if bias is None or (old is not None and torch.equal(wide(old), bias)):
+            return
+        bias = bias.to(self.dtype if old is None else old.dtype)
+        own["bias"] = bias if own is self.module._buffers else nn.Parameter(bias, requires_grad=False)
+
+
+def copy_of(module: nn.Module) -> nn.Module:
+    """Return a module of the same own class that holds the same tensors and attributes, deltas left out."""
+    made: nn.Module = object.__new__(own_class(module))
+    own = {k: v.copy() if k in (*TENSORS, "_modules") else v for k, v in module.__dict__.items()}
+    made.__dict__ = {k: v for k, v in own.items() if not k.startswith("_inlay")}
+    made._modules.pop(CHILD, None)
+    return made
+
+
+def put(module: nn.Module, source: nn.Module) -> None:
+    """Make `module` what `source` is: its class, tensors and attributes, in their order; hooks and children stay."""
+    here = module.__dict__
+    taken = {k: v.copy() if k in TENSORS else v for k, v in source.__dict__.items() if k not in LASTING}
+    kept = {k: v for k, v in here.items() if k in LASTING or k.startswith("_inlay")}
+    order = [k for k in source.__dict__ if k in taken or k in kept]
+    module.__dict__ = {**{k: {**kept, **taken}[k] for k in order}, **kept}
+    change_own_class(module, own_class(source))
+
+
+def bytes_of(module: nn.Module) -> int:
+    """Return how many bytes a layer's tensors take, those inside a quantised tensor each."""
+    tensors = (t for t in {**module._parameters, **module._buffers}.values() if t is not None)
+    return sum(part.numel() * part.element_size() for t in tensors for part in parts_of(t))
