@@ -215,8 +215,8 @@ def _merge_module(
             folded = _folded(here, folds, weight, bias)
             error = _measured(state, here, (weight, bias), folded)
             _check_result(site, here, folded, error, tolerance)
+            change = float((folded[0] - weight).norm())  # now: `weight` may be the parameter that is written
             tensors += write(site.module, as_stored(site, *folded))
-            change = float((folded[0] - weight).norm())
         names = tuple(dict.fromkeys(p.path for p, _, _ in here))
         way = None if layer is None else quantised
         done.append((MergedSite(site.name, names, change, error, 0.0, quantised=way), site, folded[0]))
