@@ -362,8 +362,8 @@ def layer_kind(module: nn.Module) -> str | None:
 
 def _shape(module: nn.Module, kind: str) -> tuple[int, int]:
     """Return (out, in) of a linear layer."""
-    weight: Any = module.weight
     if kind == "conv1d":
+        weight: Any = module.weight
         return int(weight.shape[1]), int(weight.shape[0])
     return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
 

@@ -20,7 +20,7 @@ from inlay.programs import Onion
 from inlay.registry import registry
 from inlay.sites import ModuleSite
 from inlay.stack import Placed, State, need_state
-from inlay.thaw import WAYS, Thawed
+from inlay.thaw import WAYS, Thawed, leave_out
 from inlay.weights import as_stored, read
 from inlay.writing import Undo, check_can_write, write
 
@@ -62,7 +62,9 @@ class MergeReport:
         )
         if layers := [s for s in self.sites if s.quantised]:
             text += f"; {len(layers)} in quantised layers, {layers[0].quantised}d: storing cost up to "
-            text += f"{max(s.rounding for s in layers):.1e} of the change, {max(s.noise for s in layers):.1e} of "
+            text += (
+                f"{max(s.rounding for s in layers):.1e} of the change, {max(s.noise for s in layers):.1e} of "
+            )
             text += "the weight"
         return text
 
@@ -129,6 +131,8 @@ def merge(
         state.activate()
     else:
         remove(state, chosen)
+        if quantised == "dequantise":
+            leave_out(model, [name for name, module in model.named_modules() if module in kept.layers])
     return report
 
 

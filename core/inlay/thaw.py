@@ -6,6 +6,7 @@ attributes change. What it was is kept as a module of its class with the very te
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ class Thawed:
         held: Any = module._parameters.get("bias", module._buffers.get("bias"))
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         plain._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-        plain._parameters["bias"] = None if held is None else nn.Parameter(wide(held).clone(), requires_grad=False)
+        plain._parameters["bias"] = (
+            None if held is None else nn.Parameter(wide(held).clone(), requires_grad=False)
+        )
         put(module, plain)
 
     def settle(self, how: str) -> None:
@@ -76,6 +79,16 @@ def put(module: nn.Module, source: nn.Module) -> None:
     order = [k for k in source.__dict__ if k in taken or k in kept]
     module.__dict__ = {**{k: {**kept, **taken}[k] for k in order}, **kept}
     change_own_class(module, own_class(source))
+
+
+def leave_out(model: Any, names: Iterable[str]) -> None:
+    """Tell transformers that these layers are plain now, so that a saved model is loaded as it is."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    known = getattr(getattr(model, "hf_quantizer", None), "modules_to_not_convert", None)
+    for field in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if hasattr(config, field):
+            before = getattr(config, field) or known or []
+            setattr(config, field, [*before, *(name for name in names if name not in before)])
 
 
 def bytes_of(module: nn.Module) -> int:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from inlay import masks
 from inlay.adapter import Adapter
 from inlay.attach import bypassed, refused_while_merged, sites_still_there
+from inlay.backends import backend_of
 from inlay.errors import ConfigError, RegistryError, StateError, TrainingError, shown
 from inlay.registry import registry
 from inlay.stack import Placed, State, need_state
-from inlay.backends import backend_of
 
 
 @dataclass(frozen=True)

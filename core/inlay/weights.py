@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from inlay.backends import Backend, backend_of
-from inlay.errors import CannotMerge
-from inlay.hosts import CHILD
+from inlay.errors import AttachError, CannotMerge
+from inlay.hosts import CHILD, own_class
 from inlay.sites.site import hooks_of
 
 if TYPE_CHECKING:
@@ -94,6 +94,13 @@ def read(site: ModuleSite) -> tuple[Tensor, Tensor | None]:
 
 def read_by(backend: Backend | None, site: ModuleSite) -> tuple[Tensor, Tensor | None]:
     """Return what `read` does, given what knows how the module's weight is quantised."""
+    if backend is not None and not backend.readable:
+        kind = own_class(site.module)
+        raise AttachError(
+            "the weight of a quantised layer cannot be read",
+            saw=f"{site.name}, a {kind.__module__}.{kind.__name__}: no backend knows how it packs its weight",
+            do="choose other targets, or install a package that offers a backend for it (inlay.backends)",
+        )
     found = stored(site.module, site.weight_name) if backend is None else backend.dequantize(site.module)
     bias = stored(site.module, site.bias_name) if site.bias_name else None
     if found is None:

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.errors import AttachError
-
 GROUP = "inlay.backends"
 
 
@@ -61,14 +59,6 @@ class Sealed(Backend):
         if weight is not None and weight.is_floating_point() and weight.dtype.itemsize > 1:
             return False
         return any(tensor is not None and _packs(tensor) for tensor in own.values())
-
-    def dequantize(self, module: nn.Module) -> Tensor:
-        kind = getattr(type(module), "_inlay_base", type(module))
-        raise AttachError(
-            "the weight of a quantised layer cannot be read",
-            saw=f"a {kind.__module__}.{kind.__name__}, and no backend knows how it packs its weight",
-            do=f"choose other targets, or install a package that offers a backend for it ({GROUP})",
-        )
 
     def compute_dtype(self, module: nn.Module) -> torch.dtype | None:
         found = getattr(module, "compute_dtype", None)

@@ -68,7 +68,10 @@ def _unpacked(module: Any) -> Tensor:
 def _four_bits(module: Any, weight: Tensor) -> dict[str, Any]:
     old, state = module.weight, _state(module)
     dtype = getattr(state, "original_dtype", state.dtype)
-    how = {name: getattr(old, name) for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")}
+    how = {
+        name: getattr(old, name)
+        for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+    }
     made = bnb.nn.Params4bit(weight.to(dtype), requires_grad=False, **how).to(weight.device)
     return {"weight": made, "quant_state": made.quant_state}
 
