@@ -56,17 +56,20 @@ class MergeReport:
 
     def __str__(self) -> str:
         parts = sorted({p for s in self.sites for p in s.parts})
-        text = (
+        return (
             f"merged {', '.join(parts)} at {len(self.sites)} sites; largest error {self.worst:.1e} of the "
-            f"effect; {self.kept_bytes:,} bytes kept for unmerge"
+            f"effect; {self.kept_bytes:,} bytes kept for unmerge{self._of_quantised()}"
         )
-        if layers := [s for s in self.sites if s.quantised]:
-            text += f"; {len(layers)} in quantised layers, {layers[0].quantised}d: storing cost up to "
-            text += (
-                f"{max(s.rounding for s in layers):.1e} of the change, {max(s.noise for s in layers):.1e} of "
-            )
-            text += "the weight"
-        return text
+
+    def _of_quantised(self) -> str:
+        layers = [site for site in self.sites if site.quantised]
+        if not layers:
+            return ""
+        rounding, noise = max(s.rounding for s in layers), max(s.noise for s in layers)
+        return (
+            f"; {len(layers)} sites in quantised layers, {layers[0].quantised}d, at a cost of up to "
+            f"{rounding:.1e} of the change and {noise:.1e} of the weight"
+        )
 
 
 def merge(
@@ -125,7 +128,7 @@ def merge(
     for placed in chosen:
         placed.merged = True
     if undo:
-        state.merged = kept
+        state.merge_undo = kept
         report.kept_bytes = kept.bytes
         apply_masks(state)
         state.activate()
@@ -139,12 +142,12 @@ def merge(
 def unmerge(model: nn.Module) -> None:
     """Restore every merged weight to the very bits it had; the adapters act again."""
     state = need_state(model)
-    if not state.merged:
+    if not state.merge_undo:
         raise StateError(
             "nothing is merged", saw="no kept weights", do="merge with undo=True to be able to undo"
         )
-    state.merged.put_back()
-    state.merged = None
+    state.merge_undo.put_back()
+    state.merge_undo = None
     for placed in state.placed.values():
         placed.merged = False
     apply_masks(state)
@@ -237,6 +240,7 @@ def _thawed(site: Any, kept: Undo) -> Thawed | None:
         return None
     layer = Thawed(site.module, backend, site.reference.dtype)
     kept.layers[site.module] = layer.original
+    layer.thaw()
     return layer
 
 

@@ -121,7 +121,7 @@ def resolve_names(
 def _in_dtype(model: nn.Module, sites: tuple[Site, ...]) -> tuple[Site, ...]:
     """Return the sites, each in quantised layers alone told what dtype the rest of the model has."""
     for site in sites:
-        if site.around is None and plain_dtype(site.module) is None:
+        if site.around is None and plain_dtype(site.like) is None:
             site.around = plain_dtype(model)
     return sites
 

@@ -194,7 +194,7 @@ class State:
     ports: list[Port] = field(default_factory=list)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     checkpointed: list[nn.Module] = field(default_factory=list)
-    merged: Undo | None = None  # what `unmerge` puts back
+    merge_undo: Undo | None = None  # what `unmerge` puts back
     undo: bool = True
     next_id: int = 0
     _table: Table | None = None
@@ -309,9 +309,9 @@ def only_base(model: nn.Module, read: Callable[[nn.Module], dict[str, Tensor]]) 
         return read(model)
     own = _own_prefixes(state)
     tensors = {key: tensor for key, tensor in read(model).items() if not key.startswith(own)}
-    if state.merged is None:
+    if state.merge_undo is None:
         return tensors
-    kept = {(id(module), name): tensor for module, name, tensor in reversed(state.merged.tensors)}
+    kept = {(id(module), name): tensor for module, name, tensor in reversed(state.merge_undo.tensors)}
     result = {}
     for key, tensor in tensors.items():
         path, _, leaf = key.rpartition(".")
@@ -328,7 +328,7 @@ def only_base(model: nn.Module, read: Callable[[nn.Module], dict[str, Tensor]]) 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules by path, quantised layers as they were before a merge."""
     state = state_of(model)
-    before = {} if state is None or state.merged is None else state.merged.layers
+    before = {} if state is None or state.merge_undo is None else state.merge_undo.layers
     return {name: before.get(m, m) for name, m in model.named_modules(remove_duplicate=False)}
 
 

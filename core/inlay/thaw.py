@@ -10,16 +10,19 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from inlay.backends import Backend
 from inlay.hosts import CHILD, change_own_class, own_class
 from inlay.weights import parts_of, wide
 
 WAYS = ("dequantise", "requantise")
-TENSORS = ("_parameters", "_buffers", "_non_persistent_buffers_set")
+TENSORS = ("_parameters", "_buffers")
 # What belongs to a module whatever its class: hooks, children, mode; what inlay and accelerate put there.
-LASTING = {*nn.Module().__dict__, "_hf_hook", "_old_forward", "forward"} - {*TENSORS}
+LASTING = {*nn.Module().__dict__, "_hf_hook", "_old_forward", "forward"} - {
+    *TENSORS,
+    "_non_persistent_buffers_set",
+}
 
 
 class Thawed:
@@ -28,17 +31,19 @@ class Thawed:
     def __init__(self, module: nn.Module, backend: Backend, dtype: torch.dtype) -> None:
         self.module, self.backend, self.dtype = module, backend, dtype
         self.original = copy_of(module)
-        weight = wide(backend.dequantize(module)).clone()
-        held: Any = module._parameters.get("bias", module._buffers.get("bias"))
-        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        plain._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-        plain._parameters["bias"] = (
-            None if held is None else nn.Parameter(wide(held).clone(), requires_grad=False)
-        )
-        put(module, plain)
+
+    def thaw(self) -> None:
+        """Make the layer a plain one with its weight in float32."""
+        weight = wide(self.backend.dequantize(self.module))
+        bias: Any = getattr(self.module, "bias", None)
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        plain._parameters["weight"] = nn.Parameter(weight.clone(), requires_grad=False)
+        if bias is not None:
+            plain._parameters["bias"] = nn.Parameter(wide(bias).clone(), requires_grad=False)
+        put(self.module, plain)
 
     def settle(self, how: str) -> None:
-        """Leave a plain layer in the dtype around it ("dequantise"), or one of the old kind ("requantise")."""
+        """Leave a plain layer in the dtype around it ("dequantise"), or one as before ("requantise")."""
         weight, bias = self.module._parameters["weight"], self.module._parameters["bias"]
         assert weight is not None
         if how == "dequantise":
@@ -46,20 +51,14 @@ class Thawed:
                 if parameter is not None:
                     parameter.data = parameter.data.to(self.dtype)
             return
-        attributes = self.backend.requantize(self.original, weight.data)
+        old: Any = getattr(self.original, "bias", None)
+        same = torch.equal(weight, wide(self.backend.dequantize(self.original)))
+        attributes = {} if same else self.backend.requantize(self.original, weight.data)
+        if bias is not None and (old is None or not torch.equal(wide(old), bias)):
+            attributes["bias"] = bias.data.to(self.dtype if old is None else old.dtype)
         put(self.module, self.original)
-        self._put_bias(None if bias is None else bias.data)
         for name, value in attributes.items():
-            own = self.module._parameters if name in self.module._parameters else self.module._buffers
-            (own if name in own else self.module.__dict__)[name] = value
-
-    def _put_bias(self, bias: Tensor | None) -> None:
-        own: Any = self.module._buffers if "bias" in self.module._buffers else self.module._parameters
-        old = own["bias"]
-        if bias is None or (old is not None and torch.equal(wide(old), bias)):
-            return
-        bias = bias.to(self.dtype if old is None else old.dtype)
-        own["bias"] = bias if own is self.module._buffers else nn.Parameter(bias, requires_grad=False)
+            set_own(self.module, name, value)
 
 
 def copy_of(module: nn.Module) -> nn.Module:
@@ -72,13 +71,23 @@ def copy_of(module: nn.Module) -> nn.Module:
 
 
 def put(module: nn.Module, source: nn.Module) -> None:
-    """Make `module` what `source` is: its class, tensors and attributes, in their order; hooks and children stay."""
+    """Make `module` what `source` is: class, tensors, attributes in their order; hooks and children stay."""
     here = module.__dict__
     taken = {k: v.copy() if k in TENSORS else v for k, v in source.__dict__.items() if k not in LASTING}
     kept = {k: v for k, v in here.items() if k in LASTING or k.startswith("_inlay")}
     order = [k for k in source.__dict__ if k in taken or k in kept]
     module.__dict__ = {**{k: {**kept, **taken}[k] for k in order}, **kept}
     change_own_class(module, own_class(source))
+
+
+def set_own(module: nn.Module, name: str, value: Any) -> None:
+    """Set a parameter, buffer or other attribute of a module where one of that name is kept."""
+    for kept in (module._parameters, module._buffers):
+        if name in kept:
+            is_parameter = kept is module._parameters and not isinstance(value, nn.Parameter)
+            kept[name] = nn.Parameter(value, requires_grad=False) if is_parameter else value
+            return
+    module.__dict__[name] = value
 
 
 def leave_out(model: Any, names: Iterable[str]) -> None:

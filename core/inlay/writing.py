@@ -41,24 +41,25 @@ def check_can_write(state: State, site: Site, quantised: str | None = None) -> N
     """Raise unless the site's weight can be replaced without changing anything else."""
     assert isinstance(site, ModuleSite)
     module, backend = site.module, backend_of(site.module)
-    weight = module._parameters.get(site.weight_name)
+    names = [site.weight_name] if backend is None else list(module._parameters)
+    held = [tensor for name in names if (tensor := module._parameters.get(name)) is not None]
     reason, way = "", "merge other parts, or keep it attached"
     if backend is not None and not backend.readable:
         reason = f"it is a quantised {own_class(module).__name__}, and no backend can read its weight"
     elif backend is not None and quantised is None:
         reason = "it is quantised"
         way = (
-            'merge(..., quantised="dequantise") makes it a plain layer, "requantise" writes it back in few bits '
-            "and reports what that costs; or keep it attached"
+            'merge(..., quantised="dequantise") makes it a plain layer, "requantise" writes it back in few '
+            "bits and reports what that costs; or keep it attached"
         )
-    elif weight is None:
+    elif not held:
         reason = "its weight is computed by a parametrization; remove that first"
-    elif type(weight.data).__name__ == "DTensor" or hasattr(weight, "placements"):
+    elif any(type(t.data).__name__ == "DTensor" or hasattr(t, "placements") for t in held):
         reason = "its weight is sharded; merge before sharding, or load on one process"
-    elif stored(module, site.weight_name) is not stored(module, site.weight_name):
+    elif any(stored(module, name) is not stored(module, name) for name in names):
         reason = "its weight is offloaded to disk; merge before offloading"
     else:
-        reason = _shared_with(state, site)
+        reason = _shared_with(state, module, names)
     if reason:
         raise CannotMerge(
             "the weight cannot be written",
@@ -67,15 +68,14 @@ def check_can_write(state: State, site: Site, quantised: str | None = None) -> N
         )
 
 
-def _shared_with(state: State, site: ModuleSite) -> str:
+def _shared_with(state: State, module: nn.Module, names: Sequence[str]) -> str:
     """Return why writing would change another use of the same storage, or ""."""
-    kept = stored(site.module, site.weight_name)
-    assert kept is not None
-    storage = _storages(kept)
+    kept = (stored(module, name) for name in names)
+    storages = {storage for tensor in kept if tensor is not None for storage in _storages(tensor)}
     for path, owner in state.model.named_modules(remove_duplicate=False):
-        for name in owner._parameters if owner is not site.module else ():
+        for name in owner._parameters if owner is not module else ():
             other = stored(owner, name)
-            if other is not None and storage & _storages(other):
+            if other is not None and storages & _storages(other):
                 return f"its storage is tied to {path}.{name}; untie them, or keep it attached"
     return ""
 

@@ -1,4 +1,4 @@
-"""Quantised layers on the CPU, of bitsandbytes and torchao: adapters act, learn, and read the weight as it acts."""
+"""Quantised layers on the CPU (bitsandbytes, torchao): adapters act, learn, read the weight as it acts."""
 
 from __future__ import annotations
 

@@ -36,8 +36,13 @@ class Site:
     @property
     def reference(self) -> Tensor:
         """A tensor with the dtype and device new parameters take here."""
-        found = reference_of(self.module)
+        found = reference_of(self.like)
         return found if self.around is None else found.to(self.around)
+
+    @property
+    def like(self) -> nn.Module:
+        """The module whose tensors new parameters resemble in dtype and device."""
+        return self.module
 
     @property
     def in_features(self) -> int:
@@ -147,8 +152,8 @@ class SublayerSite(Site):
     faces: ClassVar[frozenset[str]] = frozenset({"output"})
 
     @property
-    def reference(self) -> Tensor:
-        return reference_of(self.x.module)
+    def like(self) -> nn.Module:
+        return self.x.module
 
     @property
     def in_features(self) -> int:
@@ -209,8 +214,8 @@ class SequenceSite(Site):
     faces: ClassVar[frozenset[str]] = frozenset({"sequence"})
 
     @property
-    def reference(self) -> Tensor:
-        return reference_of(self.embedding)
+    def like(self) -> nn.Module:
+        return self.embedding
 
     @property
     def in_features(self) -> int:

@@ -117,7 +117,7 @@ def _torchao(layer: nn.Linear, kind: str) -> nn.Module:
         config = ao.Int8WeightOnlyConfig(granularity=rows, set_inductor_config=False)
     else:
         mapping = ao.MappingType.ASYMMETRIC if kind.endswith("shifted") else ao.MappingType.SYMMETRIC
-        config = ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(32), mapping)
+        config = ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(32), mapping)  # type: ignore[attr-defined]
     model = nn.Sequential(layer.requires_grad_(False))
     ao.quantize_(model, config)
     return model[0]

@@ -113,7 +113,7 @@ def works_in_few_bits(case: Case) -> None:
 
 
 def _merges_into_few_bits(model: nn.Module, case: Case, kind: str) -> None:
-    """Merging as plain layers is exact up to what the quantised ones round; into few bits it costs what it says."""
+    """A plain layer holds the merged weight; few bits cost what their kind does; unmerging gives all back."""
     adapted, base = output(model), digest(packed_tensors(model))
     for how in ("dequantise", "requantise"):
         report = inlay.merge(model, case.merging(), quantised=how)
