@@ -1,4 +1,4 @@
-"""Layers of a quantiser that no backend knows (HQQ's, real ones): deltas act; what needs the weight refuses."""
+"""Layers of a quantiser that no backend knows (HQQ): deltas act; what needs the weight is refused."""
 
 from __future__ import annotations
 
@@ -201,9 +201,7 @@ def test_with_a_strangers_backend_everything_works(how: str, install: Any) -> No
 def test_two_packages_with_a_backend_for_one_library_are_refused(install: Any) -> None:
     install("acme-hqq", STRANGER, hqq="acme_hqq:Hqq")
     install("other-hqq", STRANGER, hqq="other_hqq:Hqq")
-    with refused(
-        RegistryError, r"backend 'hqq' is offered more than once[\s\S]*acme-hqq[\s\S]*other-hqq|other"
-    ):
+    with refused(RegistryError, r"backend 'hqq' is offered more than once[\s\S]*acme-hqq 1\.0"):
         inlay.attach(half_quadratic(), "lora(rank=4)")
 
 
