@@ -247,14 +247,13 @@ def _thawed(site: Any, kept: Undo) -> Thawed | None:
 def _stored_at(merged: MergedSite, site: ModuleSite, folded: Tensor) -> MergedSite:
     """Return the record of a site with what storing its folded weight cost."""
     with torch.no_grad():
-        lost = float((read(site)[0] - folded).norm())
+        lost, size = float((read(site)[0] - folded).norm()), float(folded.norm())
     if not lost < math.inf:
         raise CannotMerge(
             "the merged weight does not fit into the layer's own bits",
             saw=f"{', '.join(merged.parts)} at {site.name}: values that are not finite",
             do='merge(..., quantised="dequantise"), or check the adapter',
         )
-    size = float(folded.norm())
     return replace(merged, rounding=lost / max(merged.change, 1e-30), noise=lost / max(size, 1e-30))
 
 

@@ -118,6 +118,6 @@ def _torchao(layer: nn.Linear, kind: str) -> nn.Module:
     else:
         mapping = ao.MappingType.ASYMMETRIC if kind.endswith("shifted") else ao.MappingType.SYMMETRIC
         config = ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(32), mapping)  # type: ignore[attr-defined]
-    model = nn.Sequential(layer.requires_grad_(False))
+    model = nn.Sequential(layer)
     ao.quantize_(model, config)
     return model[0]
