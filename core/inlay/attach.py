@@ -85,7 +85,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     going = list(state.placed.values()) if name is None else state.find(name)
     _refuse_if_used(state, going)
     check_can_leave(state.ports)
-    if state.merged_tensors:
+    if state.merge_undo:
         from inlay.merge import unmerge
 
         unmerge(model)

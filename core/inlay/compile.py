@@ -13,7 +13,7 @@ from inlay.context import At, Call
 from inlay.delta import Delta
 from inlay.errors import AttachError
 from inlay.experts import Experts, RoutedExperts
-from inlay.hosts import HostPort
+from inlay.hosts import HostPort, own_class
 from inlay.ports import BlockPort, Port
 from inlay.programs import Member, Routed, Table, Tapped, WeightMember, by_weight, needs_overlay, program_of
 from inlay.sites import AttentionSite, BlockSite, ModuleSite, SequenceSite, Site, SublayerSite
@@ -100,6 +100,7 @@ def members_of(state: State, entries: Sequence[Entry]) -> list[Member]:
             if needs_level(delta):
                 check_weight_form(delta, site, placed, entries[:i])
             level = Level(site, below)
+            check_readable(level, delta, placed)
         at = At(site, state.slot, placed, level)
         part = site.part if isinstance(site, ModuleSite) else None
         member = WeightMember if delta.face == "weight" else Member
@@ -114,6 +115,18 @@ def members_of(state: State, entries: Sequence[Entry]) -> list[Member]:
 def needs_level(delta: Delta) -> bool:
     """Whether a delta asks for the weight below it."""
     return "weight" in delta.reads
+
+
+def check_readable(level: Level, delta: Delta, placed: Placed) -> None:
+    """Raise if `delta` needs the weight of a layer that packs it in a way no backend can read."""
+    if level.backend is None or level.backend.readable or not (needs_level(delta) or delta.replaces):
+        return
+    kind = own_class(level.site.module)
+    raise AttachError(
+        f"{placed.path!r} needs the weight of a layer that no backend can read",
+        saw=f"{type(delta).__name__} at {level.site.name}, a {kind.__module__}.{kind.__name__}",
+        do="choose other targets, or a method that only changes what the layer gives or reads (lora, ia3)",
+    )
 
 
 def check_weight_form(delta: Delta, site: Site, placed: Placed, below: Sequence[Entry]) -> None:

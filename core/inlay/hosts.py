@@ -159,7 +159,7 @@ class HostPort(Port):
             ) from error
 
     def enter(self) -> None:
-        self._become(host_class(type(self.module), self.lasting))  # type: ignore[arg-type]
+        become(self.module, host_class(type(self.module), self.lasting))  # type: ignore[arg-type]
         self.module.__dict__["_inlay_port"] = self
         if self.lasting:
             self.module.__dict__["_inlay_state"] = self.scope
@@ -168,16 +168,26 @@ class HostPort(Port):
         self.module._modules.pop(CHILD, None)
         self.module.__dict__.pop("_inlay_port", None)
         self.module.__dict__.pop("_inlay_state", None)
-        self._become(type(self.module)._inlay_base)  # type: ignore[attr-defined]
+        become(self.module, own_class(self.module))
 
-    def _become(self, kind: type[nn.Module]) -> None:
-        """Change the module's class; accelerate's hook (on the instance) calls the class's forward of now."""
-        module = self.module
-        object.__setattr__(module, "__class__", kind)
-        if "_old_forward" in module.__dict__:
-            module.__dict__["_old_forward"] = types.MethodType(kind.forward, module)
-        elif isinstance(module.__dict__.get("forward"), types.MethodType):
-            module.__dict__["forward"] = types.MethodType(kind.forward, module)
+
+def become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Change a module's class; accelerate's hook (on the instance) calls the class's forward of now."""
+    object.__setattr__(module, "__class__", kind)
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = types.MethodType(kind.forward, module)
+    elif isinstance(module.__dict__.get("forward"), types.MethodType):
+        module.__dict__["forward"] = types.MethodType(kind.forward, module)
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class a module has, or had before it became a host."""
+    return getattr(type(module), "_inlay_base", type(module))
+
+
+def change_own_class(module: nn.Module, base: type[nn.Module]) -> None:
+    """Make a module one of class `base`, under the host it is, if it is one."""
+    become(module, host_class(base, _is_scope(type(module))) if isinstance(module, Host) else base)  # type: ignore[arg-type]
 
 
 def check_can_leave(ports: Iterable[Port]) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from inlay.stack import State, only_base, state_of
-from inlay.weights import is_quantised, tensors_of, whole
+from inlay.backends import backend_of
+from inlay.stack import State, base_modules, only_base, state_of
+from inlay.weights import tensors_of, whole
 
 VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "id2label",
             "label2id", "architectures", "output_hidden_states", "output_attentions")  # fmt: skip
@@ -43,9 +44,9 @@ def differences(saved: dict[str, Any], model: nn.Module) -> list[str]:
 
 
 def _facts(model: nn.Module, left_out: Iterable[str]) -> dict[str, Any]:
-    tensors = only_base(model, tensors_of(model))
-    modules = model.named_modules(remove_duplicate=False)
-    quantised: dict[str, Any] = {f"{n}.weight".lstrip("."): m for n, m in modules if is_quantised(m)}
+    tensors = only_base(model, tensors_of)
+    layers = ((f"{n}.weight".lstrip("."), m, backend_of(m)) for n, m in base_modules(model).items())
+    quantised: dict[str, Any] = {n: m for n, m, backend in layers if backend and backend.readable}
     shapes = {k: list(t.shape) for k, t in tensors.items()}
     shapes |= {k: [m.out_features, m.in_features] for k, m in quantised.items()}
     omitted = {*left_out, *quantised}

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from inlay.backends import SEALED
+
 
 def layer_kind(module: nn.Module) -> str | None:
     """Return the kind of leaf layer `module` is, or None."""
@@ -15,6 +17,8 @@ def layer_kind(module: nn.Module) -> str | None:
         return "embedding"
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return "conv"
+    if SEALED.handles(module):  # a quantised layer of a class of its own
+        return "linear"
     name = type(module).__name__
     weight = module._parameters.get("weight")
     if name == "Conv1D" and weight is not None and weight.dim() == 2:
@@ -24,7 +28,7 @@ def layer_kind(module: nn.Module) -> str | None:
 
 def shape_of(module: nn.Module, kind: str) -> tuple[int, int]:
     """Return (out, in) of a linear layer."""
-    weight: Any = module.weight
     if kind == "conv1d":
+        weight: Any = module.weight
         return int(weight.shape[1]), int(weight.shape[0])
     return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]

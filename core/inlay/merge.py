@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from inlay.attach import refused_while_merged, remove
+from inlay.backends import backend_of
 from inlay.compile import Entry, inside_out, members_of
 from inlay.delta import Fold
 from inlay.errors import CannotMerge, ConfigError, MergedError, RegistryError, StateError, shown
@@ -17,9 +19,10 @@ from inlay.masks import apply as apply_masks
 from inlay.programs import Onion
 from inlay.registry import registry
 from inlay.sites import ModuleSite
-from inlay.sites.site import held_by
 from inlay.stack import Placed, State, need_state
-from inlay.weights import as_stored, is_quantised, read, stored
+from inlay.thaw import WAYS, Thawed, leave_out
+from inlay.weights import as_stored, read
+from inlay.writing import Undo, check_can_write, write
 
 PROBES = 16
 
@@ -27,14 +30,17 @@ PROBES = 16
 @dataclass(frozen=True)
 class MergedSite:
     """What folding did at one site: ‖ΔW‖, the measured error of the folded layer against the adapted
-    one as a share of the effect (None where the site has no linear probe), and the share of ΔW
-    lost to the storage dtype's rounding."""
+    one as a share of the effect (None where the site has no linear probe), and what storing cost as a
+    share of ΔW and of W: the rounding of the weight's dtype, or of the few bits it went back into.
+    `quantised` says what became of a quantised layer."""
 
     site: str
     parts: tuple[str, ...]
     change: float
     error: float | None
     rounding: float
+    noise: float = 0.0
+    quantised: str | None = None
 
 
 @dataclass
@@ -52,18 +58,38 @@ class MergeReport:
         parts = sorted({p for s in self.sites for p in s.parts})
         return (
             f"merged {', '.join(parts)} at {len(self.sites)} sites; largest error {self.worst:.1e} of the "
-            f"effect; {self.kept_bytes:,} bytes kept for unmerge"
+            f"effect; {self.kept_bytes:,} bytes kept for unmerge{self._of_quantised()}"
+        )
+
+    def _of_quantised(self) -> str:
+        layers = [site for site in self.sites if site.quantised]
+        if not layers:
+            return ""
+        rounding, noise = max(s.rounding for s in layers), max(s.noise for s in layers)
+        return (
+            f"; {len(layers)} sites in quantised layers, {layers[0].quantised}d, at a cost of up to "
+            f"{rounding:.1e} of the change and {noise:.1e} of the weight"
         )
 
 
 def merge(
-    model: nn.Module, parts: Sequence[str] | None = None, *, undo: bool = True, tolerance: float = 1e-3
+    model: nn.Module,
+    parts: Sequence[str] | None = None,
+    *,
+    undo: bool = True,
+    tolerance: float = 1e-3,
+    quantised: str | None = None,
 ) -> MergeReport:
     """Fold active adapters into the base's weights; return a certificate of what it did.
 
     `parts` names adapters or parts (default: all that are active). With `undo` a copy of each
     changed tensor is kept, and `unmerge` restores it bit for bit; without, the folded parts are
     gone afterwards and a model without other adapters is plain again.
+
+    A quantised layer is merged into only if `quantised` says how: "dequantise" makes it a plain linear
+    layer in the dtype around it; "requantise" writes the merged weight back in the layer's own few
+    bits, and the report says what that costs (`rounding`: more than 1 means that it cost more than the
+    whole change). `unmerge` gives the very same quantised layers back.
 
     Raises `CannotMerge`, the model untouched, where a part has no weight form, a member below it
     stays unmerged and does not commute with it, a storage is shared with another use, the layer
@@ -76,6 +102,12 @@ def merge(
             saw=f"tolerance={shown(tolerance)}",
             do="give a share of the effect, such as 1e-3",
         )
+    if quantised not in (None, *WAYS):
+        raise ConfigError(
+            "quantised layers cannot be merged into that way",
+            saw=f"quantised={shown(quantised)}",
+            do='give "dequantise", "requantise", or leave it out',
+        )
     if any(p.merged for p in state.placed.values()):
         raise refused_while_merged(state, "merge")
     chosen = _chosen(state, parts)
@@ -86,34 +118,36 @@ def merge(
     for entries in modules.values():
         _check_order(entries, {p.id for p in chosen})
     report = MergeReport()
-    written: list[tuple[nn.Module, str, Tensor | None]] = []
+    kept = Undo()
     try:
         for entries in modules.values():
-            _merge_module(state, entries, folds, tolerance, report, written)
+            report.sites += _merge_module(state, entries, folds, tolerance, quantised, kept)
     except BaseException:
-        _put_back(written)
+        kept.put_back()
         raise
     for placed in chosen:
         placed.merged = True
     if undo:
-        state.merged_tensors = written
-        report.kept_bytes = sum(t.numel() * t.element_size() for _, _, t in written if t is not None)
+        state.merge_undo = kept
+        report.kept_bytes = kept.bytes
         apply_masks(state)
         state.activate()
     else:
         remove(state, chosen)
+        if quantised == "dequantise":
+            leave_out(model, [name for name, module in model.named_modules() if module in kept.layers])
     return report
 
 
 def unmerge(model: nn.Module) -> None:
     """Restore every merged weight to the very bits it had; the adapters act again."""
     state = need_state(model)
-    if not state.merged_tensors:
+    if not state.merge_undo:
         raise StateError(
             "nothing is merged", saw="no kept weights", do="merge with undo=True to be able to undo"
         )
-    _put_back(state.merged_tensors)
-    state.merged_tensors = []
+    state.merge_undo.put_back()
+    state.merge_undo = None
     for placed in state.placed.values():
         placed.merged = False
     apply_masks(state)
@@ -167,34 +201,73 @@ def _merge_module(
     entries: Sequence[Entry],
     folds: dict[int, dict[ModuleSite, Fold]],
     tolerance: float,
-    report: MergeReport,
-    written: list[tuple[nn.Module, str, Tensor | None]],
-) -> None:
-    """Fold every chosen entry of one module: at each of its slices and experts, then written at once."""
+    quantised: str | None,
+    kept: Undo,
+) -> list[MergedSite]:
+    """Fold every chosen entry of one module: at each of its slices and experts, then written at once.
+
+    What was there goes to `kept`.
+    """
     sites: dict[str, list[Entry]] = {}
     for entry in entries:
         if entry[0].id in folds:
             sites.setdefault(entry[1].name, []).append(entry)
+    for held in _one_per_tensor(here[0][1] for here in sites.values()):
+        check_can_write(state, held, quantised)
+    layer = _thawed(next(iter(sites.values()))[0][1], kept) if sites else None
     changed: list[tuple[ModuleSite, Tensor, Tensor | None]] = []
-    measured: list[tuple[float, float | None]] = []
+    done: list[MergedSite] = []
     with torch.no_grad():
         for here in sites.values():
             site = here[0][1]
             assert isinstance(site, ModuleSite)
-            if all(site.weight_name != other.weight_name for other, _, _ in changed):
-                check_can_write(state, site)
             weight, bias = read(site)
             folded = _folded(here, folds, weight, bias)
             error = _measured(state, here, (weight, bias), folded)
             _check_result(site, here, folded, error, tolerance)
             changed.append((site, *folded))
-            measured.append((float((folded[0] - weight).norm()), error))
+            parts, change = (
+                tuple(dict.fromkeys(p.path for p, _, _ in here)),
+                float((folded[0] - weight).norm()),
+            )
+            way = None if layer is None else quantised
+            done.append(MergedSite(site.name, parts, change, error, 0.0, quantised=way))
         if changed:
-            written += _write(changed[0][0].module, as_stored(changed))
-        for here, (site, weight, _), (change, error) in zip(sites.values(), changed, measured, strict=True):
-            lost = float((read(site)[0] - weight).norm()) / max(change, 1e-30)
-            parts = tuple(dict.fromkeys(p.path for p, _, _ in here))
-            report.sites.append(MergedSite(site.name, parts, change, error, lost))
+            old = write(changed[0][0].module, as_stored(changed))
+            kept.tensors += old if layer is None else []  # a quantised layer is put back as a whole
+    if layer is not None:
+        assert quantised is not None
+        layer.settle(quantised)
+    return [_stored_at(one, site, folded) for one, (site, folded, _) in zip(done, changed, strict=True)]
+
+
+def _one_per_tensor(sites: Iterable[Any]) -> Iterable[ModuleSite]:
+    """Return a site for each weight that some of a module's sites are parts of."""
+    return {site.weight_name: site for site in sites}.values()
+
+
+def _thawed(site: Any, kept: Undo) -> Thawed | None:
+    """Make the site's layer a plain one, if it is quantised."""
+    backend = backend_of(site.module)
+    if backend is None:
+        return None
+    layer = Thawed(site.module, backend, site.reference.dtype)
+    kept.layers[site.module] = layer.original
+    layer.thaw()
+    return layer
+
+
+def _stored_at(merged: MergedSite, site: ModuleSite, folded: Tensor) -> MergedSite:
+    """Return the record of a site with what storing its folded weight cost."""
+    with torch.no_grad():
+        lost, size = float((read(site)[0] - folded).norm()), float(folded.norm())
+    if not lost < math.inf:
+        raise CannotMerge(
+            "the merged weight does not fit into the layer's own bits",
+            saw=f"{', '.join(merged.parts)} at {site.name}: values that are not finite",
+            do='merge(..., quantised="dequantise"), or check the adapter',
+        )
+    return replace(merged, rounding=lost / max(merged.change, 1e-30), noise=lost / max(size, 1e-30))
 
 
 def _folded(
@@ -284,74 +357,4 @@ def _check_result(
         )
 
 
-def check_can_write(state: State, site: ModuleSite) -> None:
-    """Raise unless the site's weight can be replaced without changing anything else."""
-    module, leaf = held_by(site.module, site.weight_name)
-    weight = module._parameters.get(leaf)
-    reason = ""
-    if weight is None:
-        reason = "its weight is computed by a parametrization; remove that first"
-    elif is_quantised(module):
-        reason = "it is quantised; merge into a model loaded without quantisation"
-    elif type(weight.data).__name__ == "DTensor" or hasattr(weight, "placements"):
-        reason = "its weight is sharded; merge before sharding, or load on one process"
-    elif stored(module, leaf) is not stored(module, leaf):
-        reason = "its weight is offloaded to disk; merge before offloading"
-    else:
-        reason = _shared_with(state, module, leaf)
-    if reason:
-        raise CannotMerge(
-            "the weight cannot be written",
-            saw=f"{site.name}: {reason}",
-            do="merge other parts, or keep it attached",
-        )
-
-
-def _shared_with(state: State, module: nn.Module, leaf: str) -> str:
-    """Return why writing would change another use of the same storage, or ""."""
-    kept = stored(module, leaf)
-    assert kept is not None
-    storage = kept.untyped_storage().data_ptr()
-    for path, owner in state.model.named_modules(remove_duplicate=False):
-        for name in owner._parameters if owner is not module else ():
-            other = stored(owner, name)
-            if other is not None and other.untyped_storage().data_ptr() == storage != 0:
-                return f"its storage is tied to {path}.{name}; untie them, or keep it attached"
-    return ""
-
-
-def _write(module: nn.Module, tensors: dict[str, Tensor]) -> list[tuple[nn.Module, str, Tensor | None]]:
-    """Put tensors into a module's parameters; return what was there."""
-    old: list[tuple[nn.Module, str, Tensor | None]] = []
-    for path, tensor in tensors.items():
-        owner, name = held_by(module, path)
-        parameter = owner._parameters.get(name)
-        if parameter is None:
-            old.append((owner, name, None))
-            owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-        elif parameter.device.type == "meta":
-            kept = stored(owner, name)
-            assert kept is not None
-            old.append((owner, name, kept.clone()))
-            kept.copy_(tensor)
-        else:
-            old.append((owner, name, parameter.data))
-            parameter.data = tensor.to(parameter.device)
-    return old
-
-
-def _put_back(written: Sequence[tuple[nn.Module, str, Tensor | None]]) -> None:
-    for module, name, tensor in reversed(written):
-        parameter = module._parameters[name]
-        if tensor is None:
-            module._parameters[name] = None
-        elif parameter is not None and parameter.device.type == "meta":
-            kept = stored(module, name)
-            assert kept is not None
-            kept.copy_(tensor)
-        else:
-            assert parameter is not None
-            parameter.data = tensor
-
-
-__all__ = ["MergeReport", "MergedError", "MergedSite", "check_can_write", "merge", "unmerge"]
+__all__ = ["MergeReport", "MergedError", "MergedSite", "merge", "unmerge"]

@@ -19,6 +19,7 @@ from inlay.method import Method
 from inlay.registry import registry
 from inlay.routing import use
 from inlay.sites import Site
+from inlay.sites.site import plain_dtype
 from inlay.stack import Part, Placed, Stack, State, state_of
 from inlay.targets import by_name, resolve
 
@@ -109,7 +110,7 @@ def with_trained(stack: Stack, targets: Sequence[str]) -> Stack:
 def resolve_stack(model: nn.Module, stack: Stack) -> list[tuple[Part, tuple[Site, ...]]]:
     """Return each part with its sites; raise if an entry of its targets matches nothing."""
     anatomy = Anatomy(model)
-    return [(part, resolve(anatomy, part.method)) for part in stack.parts]
+    return [(part, _in_dtype(model, resolve(anatomy, part.method))) for part in stack.parts]
 
 
 def resolve_names(
@@ -117,7 +118,15 @@ def resolve_names(
 ) -> list[tuple[Part, tuple[Site, ...]]]:
     """Return each part with the sites a checkpoint lists for it."""
     anatomy = Anatomy(model)
-    return [(part, by_name(anatomy, part.method, names)) for part, names in parts]
+    return [(part, _in_dtype(model, by_name(anatomy, part.method, names))) for part, names in parts]
+
+
+def _in_dtype(model: nn.Module, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+    """Return the sites, each in quantised layers alone told what dtype the rest of the model has."""
+    for site in sites:
+        if site.around is None and plain_dtype(site.like) is None:
+            site.around = plain_dtype(model)
+    return sites
 
 
 def build_adapter(model: nn.Module, method: Method, sites: tuple[Site, ...], **options: Any) -> Adapter:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from inlay.context import At, Slot, take_first
 from inlay.delta import Change, Delta, WeightDelta
 from inlay.sites import ModuleSite, Site, Slice, SublayerSite
-from inlay.weights import Dequantised, Level, as_stored, holds_bias, is_quantised
+from inlay.weights import Dequantised, Level, as_stored, holds_bias
 
 Base = Callable[..., Any]
 
@@ -139,7 +139,7 @@ class Overlay(Onion):
         kind: Any = self.levels[0].site.module._inlay_base
         while any(isinstance(vars(kind).get(name), property) for name in names if name):
             kind = kind.__bases__[0]
-        self.kind = Dequantised if is_quantised(self.levels[0].site.module) else kind
+        self.kind = kind if self.levels[0].backend is None else Dequantised
 
     def __call__(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shadow, shift = self.shadow(module)
@@ -167,7 +167,7 @@ class Overlay(Onion):
             if not holds_bias(level.site):
                 shift, bias = bias, None
             levels.append((level.site, weight, bias))
-        changed = as_stored(levels)
+        changed = as_stored(levels, self.levels[0].backend)
         return shadow_of(module, self.kind, changed), shift
 
 

@@ -162,7 +162,7 @@ class Registry:
     @contextmanager
     def observing(self, *observers: Any) -> Iterator[None]:
         """Let `observers` (objects with hook wrappers, or names of `inlay.observers`) wrap every hook."""
-        loaded = [_load_observer(o) if isinstance(o, str) else o for o in observers]
+        loaded = [load_one(OBSERVERS, "observer", o) if isinstance(o, str) else o for o in observers]
         for observer in loaded:
             check_observer(observer, self._manager)
         for observer in loaded:
@@ -177,7 +177,7 @@ class Registry:
         """Register the observers named in INLAY_OBSERVERS, once, before the first hook is called."""
         if not self._lasting:
             named = [n.strip() for n in os.environ.get("INLAY_OBSERVERS", "").split(",") if n.strip()]
-            for observer in [_load_observer(n) for n in dict.fromkeys(named)]:
+            for observer in [load_one(OBSERVERS, "observer", n) for n in dict.fromkeys(named)]:
                 check_observer(observer, self._manager)
                 self._manager.register(observer)
             self._lasting = True
@@ -254,30 +254,30 @@ class _Plugin:
         self.__dict__.update(marked_in(kind))
 
 
-def _load_observer(name: str) -> Any:
-    """Return the observer an installed package offers under `name`; a class is instantiated."""
+def load_one(group: str, what: str, name: str) -> Any:
+    """Return the object an installed package offers under `name` in a group; a class is instantiated."""
     found: dict[str, dict[Origin, EntryPoint]] = {}
-    for entry in entry_points(group=OBSERVERS):
+    for entry in entry_points(group=group):
         found.setdefault(entry.name, {}).setdefault(_origin(entry), entry)
     if name not in found:
         raise RegistryError(
-            f"no installed package offers the observer {name!r}",
-            saw=f"observers here: {', '.join(sorted(found)) or 'none'}",
-            do="install it, or pass the observer object itself",
+            f"no installed package offers the {what} {name!r}",
+            saw=f"{what}s here: {', '.join(sorted(found)) or 'none'}",
+            do="install the package that has it",
         )
     if len(found[name]) > 1:
         raise RegistryError(
-            f"observer {name!r} is offered more than once",
+            f"{what} {name!r} is offered more than once",
             saw=_several(found[name]),
-            do="uninstall one of them, or pass the observer object itself",
+            do="uninstall one of them",
         )
     ((origin, entry),) = found[name].items()
     try:
-        observer = entry.load()
-        return observer() if inspect.isclass(observer) else observer
+        made = entry.load()
+        return made() if inspect.isclass(made) else made
     except (Exception, SystemExit) as error:
         raise RegistryError(
-            f"the observer {name!r} failed to import",
+            f"the {what} {name!r} failed to import",
             saw=f"{type(error).__name__}: {error} in {origin.distribution} {origin.version}",
             do=f"fix or reinstall {origin.distribution}, or leave it out",
         ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from inlay.weights import stored_state
 
 if TYPE_CHECKING:
     from inlay.programs import Table
+    from inlay.writing import Undo
 
 MAX_NAME, MAX_TEXT = 200, 10_000
 MAX_TABLES = 64  # compiled choices kept; routing many adapters makes many
@@ -193,7 +194,7 @@ class State:
     ports: list[Port] = field(default_factory=list)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     checkpointed: list[nn.Module] = field(default_factory=list)
-    merged_tensors: list[tuple[nn.Module, str, Tensor | None]] = field(default_factory=list)
+    merge_undo: Undo | None = None  # what `unmerge` puts back
     undo: bool = True
     next_id: int = 0
     _table: Table | None = None
@@ -298,25 +299,37 @@ def need_state(model: nn.Module) -> State:
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the base's own tensors under their own names, as if nothing were attached or merged."""
-    return only_base(model, stored_state(model))
+    return only_base(model, stored_state)
 
 
-def only_base(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return those of `tensors` that are the base's, with the values they had before a merge."""
+def only_base(model: nn.Module, read: Callable[[nn.Module], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return what `read` gives of the base alone, with the layers and values it had before a merge."""
     state = state_of(model)
     if state is None:
-        return tensors
+        return read(model)
     own = _own_prefixes(state)
-    kept = {(id(module), name): tensor for module, name, tensor in reversed(state.merged_tensors)}
+    tensors = {key: tensor for key, tensor in read(model).items() if not key.startswith(own)}
+    if state.merge_undo is None:
+        return tensors
+    kept = {(id(module), name): tensor for module, name, tensor in reversed(state.merge_undo.tensors)}
     result = {}
     for key, tensor in tensors.items():
-        if key.startswith(own):
-            continue
         path, _, leaf = key.rpartition(".")
-        original = kept.get((id(model.get_submodule(path)), leaf), tensor) if kept else tensor
+        original = kept.get((id(model.get_submodule(path)), leaf), tensor)
         if original is not None:
             result[key] = original
+    for path, layer in base_modules(model).items():
+        if layer is not model.get_submodule(path):
+            result = {k: t for k, t in result.items() if not k.startswith(f"{path}.")}
+            result |= {f"{path}.{name}": tensor for name, tensor in read(layer).items()}
     return result
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules by path, quantised layers as they were before a merge."""
+    state = state_of(model)
+    before = {} if state is None or state.merge_undo is None else state.merge_undo.layers
+    return {name: before.get(m, m) for name, m in model.named_modules(remove_duplicate=False)}
 
 
 def _own_prefixes(state: State) -> tuple[str, ...]:

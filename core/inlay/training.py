@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from inlay import masks
 from inlay.adapter import Adapter
 from inlay.attach import bypassed, refused_while_merged, sites_still_there
+from inlay.backends import backend_of
 from inlay.errors import ConfigError, RegistryError, StateError, TrainingError, shown
 from inlay.registry import registry
 from inlay.stack import Placed, State, need_state
-from inlay.weights import is_packed
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,8 @@ def check_training(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
             do="remove that patch: del module.forward",
         )
     _refuse_offloaded(state)
-    if packed := [name for name, module in model.named_modules() if is_packed(module)]:
+    layers = ((name, module, backend_of(module)) for name, module in model.named_modules())
+    if packed := [name for name, module, backend in layers if backend and backend.inference_only(module)]:
         raise TrainingError(
             "a call in eval mode packed quantised weights for inference, and no gradient passes them now",
             saw=f"{packed[0]} and {len(packed) - 1} more (bitsandbytes does this on the CPU)",

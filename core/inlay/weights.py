@@ -6,15 +6,15 @@ a bare tensor's weight keeps its own shape. Slices of fused projections are cut 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from inlay.errors import CannotMerge
-from inlay.hosts import CHILD
+from inlay.backends import Backend, backend_of
+from inlay.errors import AttachError, CannotMerge
+from inlay.hosts import CHILD, own_class
 from inlay.sites.site import held_by, hooks_of
 
 if TYPE_CHECKING:
@@ -31,6 +31,16 @@ def whole(tensor: Tensor) -> Tensor:
     """Return a sharded tensor (DTensor) in full, any other as it is; every process must ask for it."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
+
+
+def parts_of(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the plain tensors that a tensor is made of: itself, or those of a wrapping subclass."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        yield tensor
+        return
+    for name in flatten()[0]:
+        yield from parts_of(getattr(tensor, name))
 
 
 def stored(module: nn.Module, name: str) -> Tensor | None:
@@ -70,12 +80,6 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def is_quantised(module: nn.Module) -> bool:
-    """Return whether the module keeps its weight in fewer bits than it computes in (bitsandbytes)."""
-    weight = module._parameters.get("weight")
-    return weight is not None and not weight.is_floating_point()
-
-
 class Dequantised(nn.Linear):
     """How a quantised layer runs with changed tensors: with all their bits, in the dtype of what it reads."""
 
@@ -84,19 +88,25 @@ class Dequantised(nn.Linear):
         return nn.functional.linear(x, self.weight.to(x.dtype), bias)
 
 
-def is_packed(module: nn.Module) -> bool:
-    """Return whether bitsandbytes rearranged a 4-bit weight for the CPU's inference kernel, at a forward."""
-    state = getattr(module._parameters.get("weight"), "quant_state", None)
-    return bool(getattr(state, "packing_format_for_cpu", False))
-
-
 def read(site: ModuleSite) -> tuple[Tensor, Tensor | None]:
     """Return (weight, bias) of a site, wide, dequantised, (out, in), cut to its slice."""
-    weight = _dequantised(site.module) if is_quantised(site.module) else stored(site.module, site.weight_name)
+    return read_by(backend_of(site.module), site)
+
+
+def read_by(backend: Backend | None, site: ModuleSite) -> tuple[Tensor, Tensor | None]:
+    """Return what `read` does, given what knows how the module's weight is quantised."""
+    if backend is not None and not backend.readable:
+        kind = own_class(site.module)
+        raise AttachError(
+            "the weight of a quantised layer cannot be read",
+            saw=f"{site.name}, a {kind.__module__}.{kind.__name__}: no backend knows how it packs its weight",
+            do="choose other targets, or install a package that offers a backend for it (inlay.backends)",
+        )
+    found = stored(site.module, site.weight_name) if backend is None else backend.dequantize(site.module)
     bias = stored(site.module, site.bias_name) if site.bias_name else None
-    if weight is None:
+    if found is None:
         raise AttributeError(f"{site.name} has no tensor {site.weight_name!r}")
-    weight = wide(site.cut(weight))
+    weight = wide(site.cut(found))
     if site.layer_kind == "norm":
         weight = weight + norm_offset(type(site.module))  # type: ignore[arg-type]
     return weight, None if bias is None else wide(site.cut(bias))
@@ -107,8 +117,13 @@ def holds_bias(site: ModuleSite) -> bool:
     return site.has_bias or (site.is_linear and site.expert is None) or site.layer_kind == "conv"
 
 
-def as_stored(changed: Iterable[tuple[ModuleSite, Tensor, Tensor | None]]) -> dict[str, Tensor]:
-    """Return one module's full tensors, as it stores them, that hold (weight, bias) at its sites."""
+def as_stored(
+    changed: Iterable[tuple[ModuleSite, Tensor, Tensor | None]], backend: Backend | None = None
+) -> dict[str, Tensor]:
+    """Return one module's full tensors, as it stores them, that hold (weight, bias) at its sites.
+
+    Of a quantised layer, given what knows how it is: as a plain one would store them.
+    """
     pieces: dict[str, list[tuple[ModuleSite, Tensor]]] = {}
     for site, weight, bias in changed:
         if site.layer_kind == "norm":
@@ -123,22 +138,22 @@ def as_stored(changed: Iterable[tuple[ModuleSite, Tensor, Tensor | None]]) -> di
                 do="keep this part attached, or leave layers without a bias out of its targets",
             )
         pieces.setdefault(site.bias_name, []).append((site, bias))
-    return {name: _assembled(name, parts) for name, parts in pieces.items()}
+    return {name: _assembled(name, parts, backend) for name, parts in pieces.items()}
 
 
-def _assembled(name: str, parts: Sequence[tuple[ModuleSite, Tensor]]) -> Tensor:
+def _assembled(name: str, parts: Sequence[tuple[ModuleSite, Tensor]], backend: Backend | None) -> Tensor:
     """Return a module's tensor `name` with `parts`, (out, in) or (out,), in the places of their sites."""
     site, part = parts[0]
     old = stored(site.module, name)
+    if backend is not None and name == site.weight_name:
+        old = backend.dequantize(site.module)
     like = stored(site.module, site.weight_name) if old is None else old
     assert like is not None
-    dtype = like.dtype if like.is_floating_point() else part.dtype
+    dtype = like.dtype if like.is_floating_point() and backend is None else part.dtype
     if site.part is None and site.expert is None:
         return site.turned(part).to(dtype).contiguous()
-    if old is not None and not old.is_floating_point():
-        old = _dequantised(site.module)
     if old is None:  # a bias that a fused projection has not
-        old = torch.zeros_like(site.turned(like)[:, 0])
+        old = part.new_zeros(site.turned(like).shape[0])
     if site.expert is None:
         return _spliced(old, parts).to(dtype).contiguous()
     rows = list(old.unbind(0))
@@ -154,32 +169,6 @@ def _spliced(matrix: Tensor, parts: Sequence[tuple[ModuleSite, Tensor]]) -> Tens
         part = part.to(matrix.dtype)
         matrix = part if site.part is None else site.part.put(matrix, part, 0)
     return parts[0][0].turned(matrix)
-
-
-def _dequantised(module: Any) -> Tensor:
-    """Return a bitsandbytes layer's weight as it acts, (out, in)."""
-    bnb = sys.modules["bitsandbytes"]
-    if isinstance(module, bnb.nn.Linear4bit):
-        weight = module.weight
-        if is_packed(module):  # only the layer itself reads that
-            eye = torch.eye(module.in_features, dtype=module.compute_dtype or torch.float32)
-            with torch.no_grad():
-                out: Tensor = bnb.nn.Linear4bit.forward(_without_bias(module), eye)
-            return out.T.float()
-        dequantised: Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-        return dequantised.float()
-    state, weight = module.state, module.weight
-    scale = weight.SCB if weight.SCB is not None else state.SCB
-    codes = weight.data if weight.SCB is not None or state.CB is None else state.CB
-    values: Tensor = codes.float() * scale.float().view(-1, 1) / 127.0
-    return values
-
-
-def _without_bias(module: Any) -> Any:
-    base = getattr(type(module), "_inlay_base", type(module))
-    shadow = object.__new__(base)
-    shadow.__dict__ = {**module.__dict__, "_parameters": {**module._parameters, "bias": None}}
-    return shadow
 
 
 def norm_offset(kind: type[nn.Module]) -> float:
@@ -208,7 +197,7 @@ class Level:
     """
 
     def __init__(self, site: ModuleSite, below: Sequence[Delta]) -> None:
-        self.site, self.below = site, tuple(below)
+        self.site, self.below, self.backend = site, tuple(below), backend_of(site.module)
         self._key: tuple[int, ...] | None = None
         self._value: tuple[Tensor, Tensor | None] | None = None
         self._squares: tuple[Any, Tensor] | None = None
@@ -244,7 +233,7 @@ class Level:
         return (*value, self._squares[1])
 
     def _folded(self) -> tuple[Tensor, Tensor | None]:
-        weight, bias = read(self.site)
+        weight, bias = read_by(self.backend, self.site)
         for delta in self.below:
             weight, bias = delta.fold(weight, bias)
         return weight, bias

@@ -155,7 +155,8 @@ def test_a_stack_of_other_methods_acts_too(kind: type[nn.Module]) -> None:
     model = kind().eval()
     base = out(model, tokens())
     inlay.attach(
-        model, "lora(rank=2) + serial_adapter(rank=4, targets=['attention', 'ffn']) + bitfit + dora(rank=2)"
+        model,
+        "lora(rank=2) + serial_adapter(rank=4, targets=['both.attention', 'both.ffn']) + bitfit + dora(rank=2)",
     )
     shake(model)
     adapted = model(tokens())

@@ -1,4 +1,4 @@
-"""bitsandbytes layers on the CPU, 4 and 8 bits: adapters act, learn, and read the weight as it acts."""
+"""Quantised layers on the CPU (bitsandbytes, torchao): adapters act, learn, read the weight as it acts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 import inlay
 from inlay.anatomy import Anatomy
+from inlay.backends import backend_of
 from inlay.errors import CannotMerge, TrainingError
 from inlay.sites import ModuleSite
 from inlay.testing.models import batch_for
-from inlay.testing.quantised import PACKED_SIZES, packed
+from inlay.testing.quantised import KINDS, PACKED_SIZES, packed
 from inlay.testing.snapshots import digest
 from inlay.testing.tools import distance, lively, shake
-from inlay.weights import is_packed, read, tensors_of
+from inlay.weights import read, tensors_of
 
 bnb = pytest.importorskip("bitsandbytes")
 pytest.importorskip("transformers")
@@ -30,11 +31,8 @@ pytestmark = pytest.mark.filterwarnings(
 )
 SIZES = {**PACKED_SIZES, "attention_bias": True}
 STACK = "lora(rank=4) + ia3() + dora(rank=2, targets=['output'])"
-KINDS = ("nf4", "fp4", "nested nf4", "int8")
+
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
-# ‖what the layer does − what the read weight does‖ / ‖…‖. 4 bits: the CPU's inference kernel
-# computes in bfloat16 (2⁻⁸); 8 bits: the layer also rounds its input to 8 bits.
-ROUNDING = {"nf4": 6e-3, "fp4": 6e-3, "nested nf4": 6e-3, "int8": 1.2e-2}
 
 
 def quantised(kind: str, **changes: Any) -> nn.Module:
@@ -42,7 +40,7 @@ def quantised(kind: str, **changes: Any) -> nn.Module:
 
 
 def quantised_sites(model: nn.Module) -> Iterator[ModuleSite]:
-    return (s for s in Anatomy(model).leaves if type(s.module).__name__ in ("Linear4bit", "Linear8bitLt"))
+    return (s for s in Anatomy(model).leaves if backend_of(s.module) is not None)
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -75,7 +73,7 @@ def test_the_weight_that_is_read_does_what_the_layer_does(kind: str, when: str) 
         x = torch.randn(16, site.in_features, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             acts = site.module(x)
-        assert distance(nn.functional.linear(x, weight, bias), acts) < ROUNDING[kind]
+        assert distance(nn.functional.linear(x, weight, bias), acts) < KINDS[kind].rounding
         original = plain.get_submodule(site.name).weight
         assert 1e-4 < distance(weight, original) < 0.2  # few bits are not the weight itself, but near it
 
@@ -86,7 +84,7 @@ def test_reading_before_and_after_the_first_forward_agrees(kind: str) -> None:
     before = [read(site)[0].clone() for site in quantised_sites(model)]
     logits(model)
     for old, site in zip(before, quantised_sites(model), strict=True):
-        assert distance(read(site)[0], old) < ROUNDING[kind]
+        assert distance(read(site)[0], old) < KINDS[kind].rounding
 
 
 @EVERY_KIND
@@ -139,7 +137,8 @@ def test_training_through_packed_weights_is_refused(kind: str) -> None:
     model = quantised(kind, attention_bias=False)
     inlay.attach(model, STACK)
     logits(model)
-    if not any(is_packed(m) for m in model.modules()):
+    layers = [m for m in model.modules() if (b := backend_of(m)) and b.inference_only(m)]
+    if not layers:
         pytest.skip("this processor has no kernel that packs (AVX512-BF16)")
     model.train()(**batch_for(model, labels=True)).loss.backward()
     with pytest.raises(

@@ -29,7 +29,8 @@ MAX_LABELS = 100_000
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written: the folded parts, and how far the folded layers are from the adapted ones."""
+    """What was written: the folded parts, how far the folded layers are from the adapted ones, and what
+    storing their weights in few bits cost, in words."""
 
     output: str
     architecture: str
@@ -37,11 +38,15 @@ class Merged:
     sites: int
     worst_error: float
     notes: list[str]
+    cost: str = ""
 
 
-def merged(folder: Path, model: str, output: Path, *, other_base: bool = False) -> Merged:
+def merged(
+    folder: Path, model: str, output: Path, *, other_base: bool = False, quantised: str | None = None
+) -> Merged:
     """Merge the checkpoint in `folder` into the base `model`, and write the result to `output`.
 
+    `quantised` says how to merge into a base in few bits, as in `inlay.merge`.
     Everything that can be refused is refused before the output is touched.
     """
     check_new(output, do="choose another folder; nothing is overwritten")
@@ -57,10 +62,16 @@ def merged(folder: Path, model: str, output: Path, *, other_base: bool = False) 
         warnings.filterwarnings("ignore", "this adapter was saved for another base")  # told in the notes
         inlay.load(module, folder, name="saved", trainable=False)
     check_mergeable(module)
-    report = inlay.merge(module, undo=False)
+    report = inlay.merge(module, undo=False, quantised=quantised)
     write(module, source, output)
     parts = [part.name for part in saved.parts]
-    return Merged(str(output), kind.__name__, parts, len(report.sites), report.worst, notes)
+    return Merged(str(output), kind.__name__, parts, len(report.sites), report.worst, notes, cost(report))
+
+
+def cost(report: inlay.MergeReport) -> str:
+    """Say what storing merged weights in few bits cost at most; "" where no layer is quantised again."""
+    lost = max((s.rounding for s in report.sites if s.quantised == "requantise"), default=0.0)
+    return f"; storing in few bits cost up to {lost:.1e} of the change" if lost else ""
 
 
 def check_methods(saved: Saved) -> None:
@@ -94,7 +105,9 @@ def write(module: Any, source: Path, output: Path) -> None:
         raise _unwritten(output, error) from error
     try:
         temporary.chmod(0o755)
-        module.save_pretrained(temporary)
+        # transformers cannot turn what it read from few bits back into the names of an older format.
+        options = {"save_original_format": False} if getattr(module, "hf_quantizer", None) else {}
+        module.save_pretrained(temporary, **options)
         for file in sorted({f for pattern in TOKENIZER for f in source.glob(pattern) if f.is_file()}):
             shutil.copyfile(file, temporary / file.name)
         temporary.replace(output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from inlay.backends import backend_of
 from inlay.sites.slice import Slice
 
 
@@ -18,6 +20,7 @@ class Site:
 
     `role`, `layer` (index of the block in its stack), `side` ("encoder", "decoder" or "") and
     `cross` say what the place means; `name` is unique in the model and stable across processes.
+    `around` is the model's dtype where the module is quantised and its own tensors do not say it.
     """
 
     name: str
@@ -26,13 +29,20 @@ class Site:
     layer: int | None = None
     side: str = ""
     cross: bool = False
+    around: torch.dtype | None = None
     kind: ClassVar[str] = ""
     faces: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def reference(self) -> Tensor:
         """A tensor with the dtype and device new parameters take here."""
-        return reference_of(self.module)
+        found = reference_of(self.like)
+        return found if self.around is None else found.to(self.around)
+
+    @property
+    def like(self) -> nn.Module:
+        """The module whose tensors new parameters resemble in dtype and device."""
+        return self.module
 
     @property
     def in_features(self) -> int:
@@ -103,17 +113,20 @@ class ModuleSite(Site):
     @cached_property
     def _features(self) -> tuple[int, int]:
         """(out, in) of the layer or slice; a vector of n features counts as (n, n)."""
-        module, weight = self.module, self.tensor(self.weight_name)
+        module: Any = self.module
+        if self.layer_kind == "linear" and self.weight_name == "weight":
+            # its weight may be packed, or no tensor of its own
+            shape = (int(module.out_features), int(module.in_features))
+            return shape if self.part is None else (self.part.size, shape[1])
+        weight = self.tensor(self.weight_name)
         assert weight is not None
         weight = weight if self.expert is None else weight[self.expert]
-        if self.layer_kind == "linear" and self.weight_name == "weight":  # it may be packed
-            shape = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
-        elif self.layer_kind == "linear":
+        if self.layer_kind == "linear":
             shape = (weight.shape[0], weight.shape[1])
         elif self.layer_kind == "conv1d" or self.layer_kind == "embedding":
             shape = (weight.shape[1], weight.shape[0])
         elif self.layer_kind == "conv":
-            shape = (weight.shape[0], int(module.in_channels))  # type: ignore[arg-type]
+            shape = (weight.shape[0], int(module.in_channels))
         else:
             shape = (weight.shape[-1], weight.shape[-1])
         return shape if self.part is None else (self.part.size, shape[1])
@@ -173,8 +186,8 @@ class SublayerSite(Site):
     faces: ClassVar[frozenset[str]] = frozenset({"output"})
 
     @property
-    def reference(self) -> Tensor:
-        return reference_of(self.x.module)
+    def like(self) -> nn.Module:
+        return self.x.module
 
     @property
     def in_features(self) -> int:
@@ -235,8 +248,8 @@ class SequenceSite(Site):
     faces: ClassVar[frozenset[str]] = frozenset({"sequence"})
 
     @property
-    def reference(self) -> Tensor:
-        return reference_of(self.embedding)
+    def like(self) -> nn.Module:
+        return self.embedding
 
     @property
     def in_features(self) -> int:
@@ -255,14 +268,29 @@ def held_by(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def reference_of(module: nn.Module) -> Tensor:
     """Return an empty tensor with the device and floating dtype the module computes in."""
-    device: torch.device | None = None
-    for part in module.modules():
-        for parameter in part.parameters(recurse=False):
-            device = device or execution_device(part) or parameter.device
-            if parameter.is_floating_point():
-                return torch.empty(0, dtype=parameter.dtype, device=device)
-    dtype = getattr(module, "compute_dtype", None) or torch.get_default_dtype()
-    return torch.empty(0, dtype=dtype, device=device)
+    device = next((execution_device(part) or t.device for part, t in _tensors_in(module)), None)
+    return torch.empty(0, dtype=plain_dtype(module) or _compute_dtype(module), device=device)
+
+
+def _tensors_in(module: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Yield (owner, tensor): every parameter, then every buffer."""
+    for tensors in ("_parameters", "_buffers"):
+        for part in module.modules():
+            yield from ((part, t) for t in getattr(part, tensors).values() if t is not None)
+
+
+def _compute_dtype(module: nn.Module) -> torch.dtype:
+    """Return what the quantised layers inside say they compute in, else torch's default."""
+    backends = ((part, backend_of(part)) for part in module.modules())
+    found = (backend.compute_dtype(part) for part, backend in backends if backend is not None)
+    return next((dtype for dtype in found if dtype is not None), torch.get_default_dtype())
+
+
+def plain_dtype(module: nn.Module) -> torch.dtype | None:
+    """Return the dtype of the first floating parameter of the layers inside that are not quantised."""
+    plain = (part for part in module.modules() if backend_of(part) is None)
+    tensors = (tensor for part in plain for tensor in part.parameters(recurse=False))
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
 
 
 def hooks_of(module: nn.Module) -> tuple[Any, ...]:

@@ -68,7 +68,7 @@ def facts(model: nn.Module | None) -> Any:
         return None
     parts = [(p.id, p.path, p.method, p.trainable, p.merged) for p in state.placed.values()]
     ports = [(type(port), port.name, id(port.module)) for port in state.ports]
-    return parts, state.active, state.next_id, ports, len(state.merged_tensors)
+    return parts, state.active, state.next_id, ports, bool(state.merge_undo)
 
 
 def listing(folder: str | os.PathLike[str] | None) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.weights import parts_of
+
 HOOKS = "hooks"
 TENSORS = ("_parameters", "_buffers", "_modules")
 
@@ -79,7 +81,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         return False
     if a.is_meta or b.is_meta:  # offloaded: no bits to compare
         return a.is_meta and b.is_meta
-    return torch.equal(_bytes(a), _bytes(b))
+    return all(torch.equal(_bytes(x), _bytes(y)) for x, y in zip(parts_of(a), parts_of(b), strict=True))
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -88,7 +90,8 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         found.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        found.update(_bytes(tensor).numpy().tobytes())
+        for part in parts_of(tensor):
+            found.update(_bytes(part).numpy().tobytes())
     return found.hexdigest()
 
 

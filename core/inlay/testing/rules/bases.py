@@ -25,7 +25,7 @@ from inlay.testing.effects import (
     without_gradient,
 )
 from inlay.testing.models import FAMILIES
-from inlay.testing.quantised import PACKED_SIZES, packed
+from inlay.testing.quantised import KINDS, PACKED_SIZES, kinds, packed, packed_tensors
 from inlay.testing.rule import need, rule
 from inlay.testing.rules.files import trained
 from inlay.testing.snapshots import differences, digest, snapshot
@@ -70,9 +70,10 @@ def loads_without_weights(case: Case) -> None:
 @rule(
     "R36",
     "It works on a quantised base",
-    means="on a base in 4 bits (bitsandbytes NF4) the method acts, starts as it should, gets finite "
-    "gradients, and leaves the packed weights alone; or, where it declares so, it is refused when it "
-    "is attached.",
+    means="on a base in few bits (one kind of bitsandbytes' 4 and 8 bits and torchao's int8 and int4 in "
+    "each example) the method acts, starts as it should, gets finite gradients, and leaves the packed "
+    "weights alone; where it merges, storing costs what the kind costs, and unmerging gives the bits back; "
+    "or, where it declares so, it is refused when it is attached.",
     usually="a delta reads `site.module.weight`, which holds packed bytes, instead of `at.weight`; or "
     "its tensors get the packed weight's dtype.",
     dtypes=("float32",),
@@ -81,11 +82,12 @@ def loads_without_weights(case: Case) -> None:
     alone=True,
 )
 def works_in_few_bits(case: Case) -> None:
-    pytest.importorskip("bitsandbytes")
-    # A forward without gradients rearranges the weights, so that nothing can train through them any more.
-    plain = output(packed("llama", seed=case.seed, **PACKED_SIZES))
-    model = packed("llama", seed=case.seed, **PACKED_SIZES)
-    before, base = snapshot(model), digest(_packed_tensors(model))
+    known = kinds() or (pytest.importorskip("bitsandbytes") and "nf4",)
+    kind = known[case.seed % len(known)]
+    # A forward without gradients rearranges 4-bit weights, so that nothing can train through them any more.
+    plain = output(packed("llama", kind, seed=case.seed, **PACKED_SIZES))
+    model = packed("llama", kind, seed=case.seed, **PACKED_SIZES)
+    before, base = snapshot(model), digest(packed_tensors(model))
     joined = case.members[0].joined
     if not joined.quantised:
         try:
@@ -97,16 +99,29 @@ def works_in_few_bits(case: Case) -> None:
     case.attach(model)
     if case.members[0].method.starts_as_identity:
         started = output(model)
-        need(close(started, plain, max(1e-5, joined.start_tolerance)), "the output changed at the start")
+        need(
+            close(started, plain, max(1e-5, joined.start_tolerance)),
+            f"in {kind} it does not start as the base",
+        )
     stir(model, case)
     backward(model)
     wrong = without_gradient(model)
-    need(not wrong, f"the gradient of {wrong[:1]} is missing or not finite")
-    need(digest(_packed_tensors(model)) == base, "the packed weights changed")
+    need(not wrong, f"in {kind} the gradient of {wrong[:1]} is missing or not finite")
+    need(digest(packed_tensors(model)) == base, f"the packed weights changed ({kind})")
+    if case.merging():
+        _merges_into_few_bits(model, case, kind)
 
 
-def _packed_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.detach().view(torch.uint8) for n, p in model.named_parameters() if not p.is_floating_point()}
+def _merges_into_few_bits(model: nn.Module, case: Case, kind: str) -> None:
+    """A plain layer holds the merged weight; few bits cost what their kind does; unmerging gives all back."""
+    adapted, base = output(model), digest(packed_tensors(model))
+    for how in ("dequantise", "requantise"):
+        report = inlay.merge(model, case.merging(), quantised=how)
+        lost = max((site.noise for site in report.sites), default=0.0)
+        need(lost <= (KINDS[kind].noise if how == "requantise" else 1e-6), f"{how}d, {kind} lost {lost:.1e}")
+        inlay.unmerge(model)
+        same_output(adapted, output(model), f"unmerging ({how}, {kind})")
+        need(digest(packed_tensors(model)) == base, f"unmerging left other bits ({how}, {kind})")
 
 
 class Plain(nn.Module):
