@@ -154,10 +154,8 @@ def test_a_stack_of_other_methods_acts_too(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model = kind().eval()
     base = out(model, tokens())
-    inlay.attach(
-        model,
-        "lora(rank=2) + serial_adapter(rank=4, targets=['both.attention', 'both.ffn']) + bitfit + dora(rank=2)",
-    )
+    around = "serial_adapter(rank=4, targets=['both.attention', 'both.ffn'])"
+    inlay.attach(model, f"lora(rank=2) + {around} + bitfit + dora(rank=2)")
     shake(model)
     adapted = model(tokens())
     assert distance(adapted, base) > 1e-3
