@@ -343,3 +343,22 @@ def test_quantised_layers_that_share_their_weight_are_refused() -> None:
     shake(model)
     with refused(CannotMerge, r"q_proj: its storage is tied to model\.layers\.1", model=model):
         inlay.merge(model, quantised="requantise")
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "gpt2"])
+@pytest.mark.parametrize("kind", ["nf4", "torchao int4"])
+def test_other_families_merge_and_unmerge(kind: str, family: str) -> None:
+    sizes = {"n_embd": 64} if family == "gpt2" else {"hidden_size": 64, "intermediate_size": 128}
+    model = packed(family, kind, **sizes)
+    logits(model)
+    inlay.attach(model, "lora(rank=4, targets=['linear']) + ia3() + dora(rank=2, targets=['up'])", seed=1)
+    shake(model)
+    expected, shot = logits(model), snapshot(model)
+    inlay.merge(model, quantised="dequantise")
+    assert distance(logits(model), expected) < max(1e-5, 5 * KINDS[kind].rounding)
+    inlay.unmerge(model)
+    report = inlay.merge(model, quantised="requantise")
+    assert max(s.noise for s in report.sites) < KINDS[kind].noise
+    inlay.unmerge(model)
+    assert differences(shot, model) == []
+    assert torch.equal(logits(model), expected)
