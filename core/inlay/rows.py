@@ -48,18 +48,20 @@ class Virtual:
 
     def rows(self, like: Tensor) -> Tensor:
         """Return the rows in front of tokens (B, T, d): (B, P, d), P being the longest prompt's."""
-        assert self.slot.call is not None
         width = max(self.lengths())
-        found = [
-            like.new_zeros(1, width, like.shape[2])
-            if key is None
-            else nn.functional.pad(each := self.slot.call.prepared[key]["rows"], (0, 0, width - each.shape[1], 0))
-            for key in self.keys
-        ]
+        found = [self._of(key, like, width) for key in self.keys]
         if len(found) == 1:
-            return found[0].to(like).expand(like.shape[0], -1, -1)
-        picked = [found[stack][i if found[stack].shape[0] > 1 else 0] for i, stack in enumerate(self.stacks(len(like)))]
-        return torch.stack(picked).to(like)
+            return found[0].expand(like.shape[0], -1, -1)
+        picked = [_row(found[stack], i) for i, stack in enumerate(self.stacks(like.shape[0]))]
+        return torch.stack(picked)
+
+    def _of(self, key: Hashable | None, like: Tensor, width: int) -> Tensor:
+        """Return a stack's rows, hidden ones in front of them so that there are `width` (1 or B, P, d)."""
+        if key is None:
+            return like.new_zeros(1, width, like.shape[2])
+        assert self.slot.call is not None
+        rows = self.slot.call.prepared[key]["rows"]
+        return nn.functional.pad(rows, (0, 0, width - rows.shape[1], 0)).to(like)
 
     def visible(self, size: int, device: torch.device) -> Tensor | None:
         """Return which of the P rows are real, (B, P); None if all are."""
@@ -69,6 +71,13 @@ class Virtual:
         own = torch.tensor([lengths[stack] for stack in self.stacks(size)], device=device)
         width = max(lengths)
         return torch.arange(width, device=device)[None] >= width - own[:, None]
+
+
+def _row(rows: Tensor, i: int) -> Tensor:
+    """Return the i-th of `rows` (B, T, d); (1, T, d) and (T, d) are every row's."""
+    if rows.dim() == 2:
+        return rows
+    return rows[i if rows.shape[0] > 1 else 0]
 
 
 def run_rows(
@@ -186,11 +195,8 @@ class Shifted:
         call = self.virtual.slot.call
         assert call is not None
         size = call.batch or next(iter(found.values())).shape[0]
-        picked = []
-        for i, stack in enumerate(self.virtual.stacks(size)):
-            rows = found[lengths[stack]]
-            picked.append(rows if rows.dim() == 2 else rows[i if rows.shape[0] > 1 else 0])
-        return torch.stack(picked)
+        stacks = self.virtual.stacks(size)
+        return torch.stack([_row(found[lengths[stack]], i) for i, stack in enumerate(stacks)])
 
     def run(self, p: int, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return what the table gives when its rows count from the p-th on."""
