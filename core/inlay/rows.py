@@ -18,6 +18,7 @@ from inlay.context import At, Call, Slot, take_first
 from inlay.delta import Delta
 from inlay.errors import StateError
 from inlay.ports import Entered
+from inlay.sequence import accepts
 from inlay.sites import SequenceSite
 
 Base = Callable[..., Any]
@@ -256,13 +257,24 @@ class Reader:
         if states is None or not width:
             return base(*args, **kwargs)
         mask, visible = kwargs.get("encoder_attention_mask"), self.virtual.visible(len(states), states.device)
-        if mask is None and visible is not None:
-            mask = torch.ones(len(states), states.shape[1] - width, dtype=torch.long, device=states.device)
+        if visible is not None:
+            _need_mask(module, self.virtual.site.name)
+            if mask is None:
+                mask = torch.ones(len(states), states.shape[1] - width, dtype=torch.long, device=states.device)
         if mask is not None and mask.shape[-1] != states.shape[1] - width:
             return base(*args, **kwargs)  # what the decoder reads was made without rows
         if mask is not None:
-            mask = widened_mask(mask, visible, width, len(states))
-        output = base(*args, **{**kwargs, "encoder_attention_mask": mask})
+            kwargs = {**kwargs, "encoder_attention_mask": widened_mask(mask, visible, width, len(states))}
+        output = base(*args, **kwargs)
         if "cross_attentions" in output:
             output["cross_attentions"] = tuple(weights[..., width:] for weights in output["cross_attentions"])
         return output
+
+
+def _need_mask(reader: nn.Module, name: str) -> None:
+    if not accepts(reader, "encoder_attention_mask"):
+        raise StateError(
+            "prompts of different length cannot share a batch here",
+            saw=f"the {type(reader).__name__} that reads {name} takes no mask",
+            do="call the model for the rows of each stack by themselves, or use prompts of one length",
+        )
