@@ -61,11 +61,11 @@ def _site(anatomy: Anatomy, path: str, blocks: list[Block], readers: list[str]) 
         _need(marked, "its positions are neither one table's nor relative to each token")
     entry = None if embedding is None else _entry(inner, embedding)
     reader = _reader(anatomy, blocks, readers)
-    owner = path.rpartition(".")[0]
+    owner, width = path.rpartition(".")[0], attentions[0].features
     return SequenceSite(
         name=f"{owner}.sequence".lstrip("."), module=inner, role="embedding", side=blocks[0].side,
-        features=attentions[0].features, attentions=tuple(attentions), embedding=embedding, entry=entry,
-        positions=table, rotary=bool(rotary), reader=reader,
+        features=width if embedding is None else embedding.embedding_dim, attentions=tuple(attentions),
+        embedding=embedding, entry=entry, positions=table, rotary=bool(rotary), reader=reader,
         blocks=() if causal else (blocks[0].module, blocks[-1].module),
     )  # fmt: skip
 
