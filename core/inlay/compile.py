@@ -56,7 +56,9 @@ class StackPlan:
 
     def sites(self) -> list[SequenceSite]:
         """Return the sequences that virtual tokens enter."""
-        return [s for entries in self.sequences.values() for _, s, _ in entries[:1] if isinstance(s, SequenceSite)]
+        return [
+            s for entries in self.sequences.values() for _, s, _ in entries[:1] if isinstance(s, SequenceSite)
+        ]
 
 
 def places_of(plan: StackPlan) -> dict[tuple[type[Port], nn.Module], Site | None]:

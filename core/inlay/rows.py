@@ -199,7 +199,9 @@ class Shifted:
         stacks = self.virtual.stacks(size)
         return torch.stack([_row(found[lengths[stack]], i) for i, stack in enumerate(stacks)])
 
-    def run(self, p: int, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def run(
+        self, p: int, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
         """Return what the table gives when its rows count from the p-th on."""
         table: Any = module
         if p == 0:
@@ -260,7 +262,9 @@ class Reader:
         if visible is not None:
             _need_mask(module, self.virtual.site.name)
             if mask is None:
-                mask = torch.ones(len(states), states.shape[1] - width, dtype=torch.long, device=states.device)
+                mask = torch.ones(
+                    len(states), states.shape[1] - width, dtype=torch.long, device=states.device
+                )
         if mask is not None and mask.shape[-1] != states.shape[1] - width:
             return base(*args, **kwargs)  # what the decoder reads was made without rows
         if mask is not None:

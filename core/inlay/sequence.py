@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from inlay.anatomy import Anatomy, Block
 
 
-class Unfit(Exception):
+class Unfit(Exception):  # noqa: N818 - no error: an answer
     """Why virtual tokens cannot enter a stack of blocks."""
 
 
@@ -85,9 +85,7 @@ def _inner(anatomy: Anatomy, path: str) -> nn.Module:
     raise Unfit("no transformers model is around it")
 
 
-def _attentions(
-    anatomy: Anatomy, stack: nn.Module, blocks: list[Block], inner: Any
-) -> list[AttentionSite]:
+def _attentions(anatomy: Anatomy, stack: nn.Module, blocks: list[Block], inner: Any) -> list[AttentionSite]:
     """Return the self-attention of each block; every block must have one, and run once."""
     from inlay.anatomy import uses_attention_interface
 
@@ -95,7 +93,9 @@ def _attentions(
     found = [site for site in anatomy.attentions if id(site.module) in here]
     own = [site for site in found if not site.cross]
     length = len(list(stack.children()))
-    _need(len(own) == len(blocks) == length, f"{len(own)} of its {length} blocks have attention of a known kind")
+    _need(
+        len(own) == len(blocks) == length, f"{len(own)} of its {length} blocks have attention of a known kind"
+    )
     _need(len(found) == len(own), "its blocks also read an encoder")
     old = next((s for s in own if not uses_attention_interface(s.module)), None)
     _need(old is None, "its attention does not go through transformers' attention interface")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
@@ -44,14 +45,18 @@ class Recurrent(nn.Module):
     def __init__(self, features: int, hidden: int) -> None:
         super().__init__()
         lstm = nn.LSTM(features, hidden, num_layers=2, bidirectional=True)
-        self.hidden, self.weights = hidden, nn.ParameterList(lstm.parameters())  # the module cannot be compiled
+        self.hidden, self.weights = (
+            hidden,
+            nn.ParameterList(lstm.parameters()),
+        )  # the module cannot be compiled
         self.mlp = mlp(2 * hidden, 2 * hidden, features)
 
     def forward(self, table: Tensor) -> Tensor:
         """Return P (p, d) of X (p, d)."""
         zeros = table.new_zeros(4, 1, self.hidden)
         weights = [weight for weight in self.weights]  # noqa: C416 - the compiler wants a plain list
-        hidden, *_ = torch.lstm(table[:, None], (zeros, zeros), weights, True, 2, 0.0, False, True, False)
+        with torch.autocast(table.device.type, enabled=False):  # which this LSTM does not know
+            hidden, *_ = torch.lstm(table[:, None], (zeros, zeros), weights, True, 2, 0.0, False, True, False)
         rows: Tensor = self.mlp(hidden[:, 0])
         return rows
 
@@ -59,7 +64,7 @@ class Recurrent(nn.Module):
 def mlp(*sizes: int) -> nn.Sequential:
     """Return linear layers of these sizes with ReLU between them."""
     layers: list[nn.Module] = []
-    for inner, outer in zip(sizes, sizes[1:]):
+    for inner, outer in pairwise(sizes):
         layers += [nn.Linear(inner, outer), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -67,3 +67,14 @@ def with_words(batch: dict[str, Tensor], words: Tensor = WORDS) -> dict[str, Ten
 def positions(batch: dict[str, Tensor]) -> Tensor:
     """Return the positions of each row's tokens, as `generate` counts them."""
     return (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+
+
+def wake(model: nn.Module) -> None:
+    """Give what starts at zero in the kit's low-rank method other values, so that it acts."""
+    generator = torch.Generator().manual_seed(0)
+    woken = [
+        nn.init.normal_(p, std=0.3, generator=generator)
+        for n, p in model.named_parameters()
+        if n.endswith(".B")
+    ]
+    assert woken

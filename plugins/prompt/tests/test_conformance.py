@@ -11,7 +11,7 @@ from inlay.authoring import Site
 from inlay.testing import MethodConformance
 from inlay_prompt import PromptTuning, PTuning
 
-LENGTHS = st.integers(1, 4)
+LENGTHS, HIDDEN = st.integers(1, 4), st.sampled_from([None, 5])
 
 
 class TestPromptTuning(MethodConformance):
@@ -26,7 +26,7 @@ class TestPromptTuning(MethodConformance):
 
 class TestPTuning(MethodConformance):
     method = PTuning
-    configurations = st.builds(PTuning, length=LENGTHS, encoder=st.just("mlp"), hidden=st.sampled_from([None, 5]))
+    configurations = st.builds(PTuning, length=LENGTHS, encoder=st.just("mlp"), hidden=HIDDEN)
     by_layer = False
 
     @staticmethod
@@ -40,7 +40,7 @@ class TestPTuning(MethodConformance):
 
 class TestPTuningRecurrent(MethodConformance):
     method = PTuning
-    configurations = st.builds(PTuning, length=LENGTHS, hidden=st.sampled_from([None, 5]))
+    configurations = st.builds(PTuning, length=LENGTHS, hidden=HIDDEN)
     by_layer = False
 
     @staticmethod

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hard_prompts import CLOSE, GREEDY, VOCABULARY, WORDS, lively, padded, rows_of, seeded, with_words
+from hard_prompts import CLOSE, GREEDY, VOCABULARY, WORDS, lively, padded, rows_of, seeded, wake, with_words
 from torch import Tensor, nn
 from transformers import (
     BartConfig,
@@ -21,7 +21,7 @@ from transformers import (
 
 import inlay
 from inlay.errors import StateError
-from inlay_lora import LoRA
+from inlay.testing.neighbours import KitLowRank
 from inlay_prompt import PromptTuning
 
 SIZES = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
@@ -34,7 +34,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
         lambda: BartForConditionalGeneration(BartConfig(**SIZES, forced_eos_token_id=None)), seed=9
     ),
     "scaled bart": lambda: seeded(
-        lambda: BartForConditionalGeneration(BartConfig(**SIZES, scale_embedding=True, forced_eos_token_id=None))
+        lambda: BartForConditionalGeneration(
+            BartConfig(**SIZES, scale_embedding=True, forced_eos_token_id=None)
+        )
     ),
     "marian": lambda: seeded(lambda: MarianMTModel(MarianConfig(**SIZES, forced_eos_token_id=None))),
 }
@@ -102,7 +104,8 @@ def test_generation_reads_them_as_words(name: str, options: dict[str, Any]) -> N
 def test_prompts_of_different_length_in_one_batch(name: str) -> None:
     model = MODELS[name]()
     inlay.attach(model, PromptTuning(length=2), "short", seed=0, activate=False)
-    inlay.attach(model, LoRA(rank=2) + PromptTuning(length=5), "long", seed=1, activate=False)
+    inlay.attach(model, KitLowRank(rank=2) + PromptTuning(length=5), "long", seed=1, activate=False)
+    wake(model)
     batch, names = padded([7, 3, 5]), ["long", None, "short"]
     ways: list[dict[str, Any]] = [{}, {"num_beams": 3}]
     unmasked = {"input_ids": padded([5, 5, 5])["input_ids"]}
@@ -136,7 +139,11 @@ def test_what_a_model_tells_of_itself() -> None:
     model.set_attn_implementation("eager")  # type: ignore[operator]
     inlay.attach(model, METHOD)
     batch = padded([6, 4])
-    told: dict[str, Any] = {"decoder_input_ids": DECODER[:2], "output_hidden_states": True, "output_attentions": True}
+    told: dict[str, Any] = {
+        "decoder_input_ids": DECODER[:2],
+        "output_hidden_states": True,
+        "output_attentions": True,
+    }
     found = model(**batch, **told)
     with inlay.use(model):
         wanted = model(**with_words(batch), **told)
@@ -207,6 +214,8 @@ def test_a_decoder_that_takes_no_mask_cannot_tell_prompts_apart() -> None:
     model = seeded(lambda: WhisperForConditionalGeneration(config))
     for length in (2, 3):
         inlay.attach(model, PromptTuning(length=length), str(length), activate=False)
-    with pytest.raises(StateError, match=r"the WhisperDecoder that reads model\.encoder\.sequence takes no mask"):
+    with pytest.raises(
+        StateError, match=r"the WhisperDecoder that reads model\.encoder\.sequence takes no mask"
+    ):
         with inlay.route(model, ["2", "3"]):
             model(input_features=torch.randn(2, 8, 24), decoder_input_ids=DECODER[:2])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hard_prompts import CLOSE, SMALL, WORDS, lively, padded, rows_of, seeded, with_words
+from hard_prompts import CLOSE, SMALL, WORDS, lively, padded, rows_of, seeded, wake, with_words
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -34,9 +34,7 @@ from transformers import (
 
 import inlay
 from inlay.testing.effects import output
-from inlay.testing.models import batch_for
-from inlay_lora import LoRA
-from inlay_prefix import PrefixTuning
+from inlay.testing.neighbours import KitLowRank
 from inlay_prompt import PromptTuning
 
 VISION = {k: v for k, v in SMALL.items() if not k.endswith(("_token_id", "size")) and "position" not in k} | {
@@ -99,7 +97,9 @@ def test_bert_as_the_catalogue_says(attention: str) -> None:
     with inlay.use(model), torch.no_grad():
         words = torch.cat([rows.expand(3, -1, -1), embeddings.word_embeddings(batch["input_ids"])], 1)
         types = nn.functional.pad(batch["token_type_ids"], (3, 0))
-        total = words + embeddings.position_embeddings(torch.arange(10)) + embeddings.token_type_embeddings(types)
+        total = (
+            words + embeddings.position_embeddings(torch.arange(10)) + embeddings.token_type_embeddings(types)
+        )
         seen = nn.functional.pad(batch["attention_mask"], (3, 0), value=1).bool()[:, None, None]
         mask = seen if attention == "sdpa" else torch.zeros(seen.shape).masked_fill(~seen, -1e38)
         last = encoder(embeddings.LayerNorm(total), attention_mask=mask)[0]
@@ -204,7 +204,8 @@ def test_prompts_of_different_length_in_one_batch(name: str, attention: str) -> 
     model = seeded(TEXT[name])
     model.set_attn_implementation(attention)  # type: ignore[operator]
     inlay.attach(model, PromptTuning(length=2), "short", seed=0, activate=False)
-    inlay.attach(model, LoRA(rank=2) + PromptTuning(length=5), "long", seed=1, activate=False)
+    inlay.attach(model, KitLowRank(rank=2) + PromptTuning(length=5), "long", seed=1, activate=False)
+    wake(model)
     batch, names = padded([7, 3, 5, 6]), ["long", None, "short", "long"]
     with inlay.route(model, names):
         together = hidden(model, batch)
@@ -214,25 +215,6 @@ def test_prompts_of_different_length_in_one_batch(name: str, attention: str) -> 
             alone = hidden(model, own)
         real = own["attention_mask"].bool()
         torch.testing.assert_close(together[row : row + 1][real], alone[real], **CLOSE)
-
-
-@pytest.mark.parametrize("family", ["bert", "vit", "t5", "gpt2", "llama"])
-def test_stacked_with_lora_and_a_prefix(family: str) -> None:
-    """In a stack the rows, too, meet the LoRA and see the prefix: alone each part changes something."""
-    model = lively(family)
-    batch = batch_for(model, labels=True)
-    stack = LoRA(rank=2) + PrefixTuning(length=3, reparam=False) + PromptTuning(length=4)
-    inlay.attach(model, stack, "fr", seed=0)
-    for name, parameter in model.named_parameters():
-        if name.endswith("up") and parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(0))
-    whole = output(model, batch)
-    for part in ("lora", "prefix_tuning", "prompt_tuning"):
-        others = [f"fr/{p}" for p in ("lora", "prefix_tuning", "prompt_tuning") if p != part]
-        with inlay.use(model, *others):
-            assert (output(model, batch) - whole).abs().max() > 1e-4, part
-    model(**batch).loss.backward()
-    inlay.check_training(model)
 
 
 def test_two_prompts_stand_in_stack_order() -> None:
