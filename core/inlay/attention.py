@@ -140,7 +140,7 @@ def attention(
     program = port.program if call is None else call.programs[port.index]
     own = implementation(module, port.config._attn_implementation)
     if call is not None and call.recording is not None:
-        call.recording[port.site.name] = (key, value)
+        _record(call.recording, port.site.name, key, value)
     columns = [] if program is None else program(key)
     rows = 0 if program is None or program.virtual is None else max(program.virtual.lengths())
     if rows:
@@ -159,6 +159,16 @@ def attention(
     value = torch.cat([*(_fitted(c.value, value) for c in columns), value], dim=2)
     output, weights = own(module, query, key, value, mask, **kwargs)
     return output, None if weights is None else weights[:, :, rows:, width + rows :]
+
+
+def _record(found: dict[str, tuple[Tensor, Tensor]], name: str, key: Tensor, value: Tensor) -> None:
+    if name in found:
+        raise StateError(
+            "virtual tokens cannot stand in front of this attention",
+            saw=f"{name} calls the attention function more than once",
+            do="use a method that acts on layers",
+        )
+    found[name] = (key, value)
 
 
 def implementation(module: nn.Module, name: str) -> Callable[..., Any]:

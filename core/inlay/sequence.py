@@ -36,31 +36,41 @@ def find(anatomy: Anatomy) -> tuple[list[SequenceSite], list[str]]:
             sites.append(_site(anatomy, path, stacks[path], readers))
         except Unfit as reason:
             reasons.append(f"{path}: {reason}")
-    inner = [site.module for site in sites]
-    staged = {id(m) for m in inner if inner.count(m) > 1}
-    reasons += [f"{s.name}: its blocks come in stages" for s in sites if id(s.module) in staged]
-    return [site for site in sites if id(site.module) not in staged], reasons
+    inner, causal = [site.module for site in sites], [site for site in sites if not site.blocks]
+    staged = [s for s in sites if inner.count(s.module) > 1 or (s in causal and len(causal) > 1)]
+    reasons += [f"{site.name}: its blocks come in stages" for site in staged]
+    return [site for site in sites if site not in staged], reasons
+
+
+def by_default(anatomy: Anatomy) -> list[SequenceSite]:
+    """Return the sites that stand for the model's text, or for its patches if it reads no tokens."""
+    sites = find(anatomy)[0]
+    text = [site for site in sites if site.embedding is not None or site.reader is not None]
+    return text if text or _token_embedding(anatomy.model) is not None else sites
 
 
 def _site(anatomy: Anatomy, path: str, blocks: list[Block], readers: list[str]) -> SequenceSite:
     stack, inner = anatomy.modules[path], _inner(anatomy, path)
     attentions = _attentions(anatomy, stack, blocks, inner)
-    causal = _is_causal(anatomy.model, attentions)
     embedding = _token_embedding(inner)
+    causal = _is_causal(anatomy.model, attentions, reads=embedding is not None)
     table = None if embedding is None else _position_table(anatomy, stack, inner)
-    rotary = _named(inner, "rotary", "rope")
-    relative = _named(inner, "relative")
+    rotary, relative = _named(inner, "rotary", "rope"), _named(inner, "relative")
+    _need(not getattr(inner.config, "trigram_input", False), "its embeddings mix neighbouring tokens")
     if causal:
         _need(embedding is not None, "no table of tokens was found")
         _need(bool(rotary) != (table is not None), "its positions are neither rotary nor one table's")
         _need(not relative, f"its attention has relative positions ({relative})")
+        _need(not _scales_by_position(inner.config), "it scales queries by their absolute position")
+        mixes = any(isinstance(m, nn.Conv1d) for m in stack.modules())
+        _need(not mixes, "its blocks mix tokens by more than attention (a convolution, a state)")
     else:
         _need(not rotary, f"it rotates queries and keys of an encoder ({rotary})")
         _need(_layerdrop(inner) == 0, f"it skips blocks at random (layerdrop={_layerdrop(inner)})")
         marked = (table is not None) != bool(relative) if embedding is not None else not relative
         _need(marked, "its positions are neither one table's nor relative to each token")
     entry = None if embedding is None else _entry(inner, embedding)
-    reader = _reader(anatomy, blocks, readers)
+    reader = _reader(anatomy, inner, blocks, readers)
     owner, width = path.rpartition(".")[0], attentions[0].features
     return SequenceSite(
         name=f"{owner}.sequence".lstrip("."), module=inner, role="embedding", side=blocks[0].side,
@@ -104,11 +114,11 @@ def _attentions(anatomy: Anatomy, stack: nn.Module, blocks: list[Block], inner: 
     return own
 
 
-def _is_causal(model: Any, attentions: list[AttentionSite]) -> bool:
+def _is_causal(model: Any, attentions: list[AttentionSite], *, reads: bool) -> bool:
     causal = {bool(getattr(site.module, "is_causal", False)) for site in attentions}
     _need(len(causal) == 1, "some of its blocks are causal, others not")
-    generates = getattr(model, "can_generate", lambda: False)() and not attentions[0].side
-    _need(causal == {True} or not generates, "it generates, but its attention does not say it is causal")
+    writes = reads and not attentions[0].side and getattr(model, "can_generate", lambda: False)()
+    _need(causal == {True} or not writes, "it generates, but its attention does not say it is causal")
     return causal.pop()
 
 
@@ -146,6 +156,11 @@ def _named(inner: nn.Module, *words: str) -> str:
     return next(hits, "")
 
 
+def _scales_by_position(config: Any) -> bool:
+    rope = getattr(config, "rope_parameters", None) or {}
+    return bool(getattr(config, "attn_temperature_tuning", False) or "llama_4_scaling_beta" in rope)
+
+
 def _layerdrop(inner: Any) -> float:
     values = (getattr(inner.config, name, 0.0) for name in ("layerdrop", "encoder_layerdrop"))
     return max((float(v) for v in values if isinstance(v, (int, float))), default=0.0)
@@ -159,11 +174,13 @@ def _entry(inner: nn.Module, embedding: nn.Module) -> nn.Module:
     raise Unfit("it takes no embedded tokens (inputs_embeds)")
 
 
-def _reader(anatomy: Anatomy, blocks: list[Block], readers: list[str]) -> nn.Module | None:
+def _reader(anatomy: Anatomy, inner: nn.Module, blocks: list[Block], readers: list[str]) -> nn.Module | None:
     """Return the decoder that reads what these blocks give, if there is one."""
     if blocks[0].side != "encoder" or not readers:
         return None
     _need(len(readers) == 1, "several decoders read it")
+    model: Any = anatomy.model
+    _need(model.get_encoder() is inner, "it is a part of the encoder, not all of it")
     return _inner(anatomy, readers[0])
 
 

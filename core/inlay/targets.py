@@ -97,7 +97,7 @@ def _matches(anatomy: Anatomy, method: Method, entry: str) -> list[Site]:
 def _by_role(anatomy: Anatomy, method: Method, role: str) -> list[Site]:
     accepts = method.accepts
     if "sequence" in accepts:
-        return list(anatomy.sequence_sites()) if role == "embedding" else []
+        return list(sequence.by_default(anatomy)) if role == "embedding" else []
     if "attention" in accepts and role in ("attention", "cross_attention"):
         return [s for s in anatomy.attentions if role == "attention" or s.cross]
     if "sublayer" in accepts and role in ("attention", "ffn", "cross_attention"):
