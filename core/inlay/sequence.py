@@ -35,7 +35,7 @@ def find(anatomy: Anatomy) -> tuple[list[SequenceSite], list[str]]:
         try:
             sites.append(_site(anatomy, path, stacks[path], readers))
         except Unfit as reason:
-            reasons.append(f"{path}: {reason}")
+            reasons.append(f"{path or 'the blocks'}: {reason}")
     inner, causal = [site.module for site in sites], [site for site in sites if not site.blocks]
     staged = [s for s in sites if inner.count(s.module) > 1 or (s in causal and len(causal) > 1)]
     reasons += [f"{site.name}: its blocks come in stages" for site in staged]
@@ -92,7 +92,7 @@ def _inner(anatomy: Anatomy, path: str) -> nn.Module:
         module = anatomy.modules[path]
         if hasattr(module, "save_pretrained") and hasattr(module, "config"):
             return module
-    raise Unfit("no transformers model is around it")
+    raise Unfit("no transformers model is around them")
 
 
 def _attentions(anatomy: Anatomy, stack: nn.Module, blocks: list[Block], inner: Any) -> list[AttentionSite]:

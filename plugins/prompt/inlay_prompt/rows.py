@@ -22,6 +22,9 @@ class Rows(SequenceDelta):
         assert self.rows is not None
         return self.rows
 
+    def why_not(self) -> str:
+        return "virtual tokens are read beside the text; no weight of the model can hold them"
+
 
 @dataclass(frozen=True)
 class PromptMethod(Method):
