@@ -23,8 +23,11 @@ from transformers import (
     CTRLModel,
     DiffLlamaConfig,
     DiffLlamaForCausalLM,
+    DynamicCache,
     FalconH1Config,
     FalconH1ForCausalLM,
+    GPT2Config,
+    GPT2Model,
     JambaConfig,
     JambaForCausalLM,
     LayoutLMConfig,
@@ -134,6 +137,7 @@ SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden
 BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": VOCABULARY}
 SCALED = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1,
           "original_max_position_embeddings": 8}  # fmt: skip
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4}
 UNFIT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "albert": (lambda: AlbertModel(AlbertConfig(**SMALL, embedding_size=16)), "its 1 blocks run 2 times"),
     "bart": (lambda: BartForCausalLM(BartConfig(**BART, is_decoder=True)), "its blocks also read an encoder"),
@@ -146,14 +150,22 @@ UNFIT: dict[str, tuple[Callable[[], nn.Module], str]] = {
                   "scales queries by their absolute position"),
     "mobilebert": (lambda: MobileBertModel(MobileBertConfig(**SMALL)), "mix neighbouring tokens"),
     "modernbert": (lambda: ModernBertModel(ModernBertConfig(**SMALL, pad_token_id=0)), "rotates queries and"),
+    "closed": (lambda: Closed(GPT2Config(**GPT)), r"it takes no embedded tokens \(inputs_embeds\)"),
     "no blocks": (lambda: nn.Sequential(nn.Linear(4, 4)), "no repeated blocks with attention were found"),
     "no model": (lambda: build("llama").model.layers, "the blocks: no transformers model is around them"),
     "blt": (lambda: BltForCausalLM(BltConfig()), "its blocks come in stages"),
-    "ctrl": (lambda: CTRLModel(CTRLConfig(n_embd=32, n_layer=2, n_head=4)), "neither rotary nor one table's"),
+    "ctrl": (lambda: CTRLModel(CTRLConfig(**GPT)), "neither rotary nor one table's"),
     "layoutlm": (lambda: LayoutLMModel(LayoutLMConfig(**SMALL)), "it has 5 tables of positions"),
     "jamba": (lambda: JambaForCausalLM(JambaConfig(num_hidden_layers=8)), "1 of its 8 blocks have attention"),
     "t5gemma": (lambda: T5Gemma2ForConditionalGeneration(T5Gemma2Config()), "a part of the encoder, not all"),
 }  # fmt: skip
+
+
+class Closed(GPT2Model):
+    """Someone's own model, which takes ids alone."""
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        return super().forward(input_ids, **kwargs)
 
 
 @pytest.mark.parametrize("name", UNFIT)
@@ -163,16 +175,15 @@ def test_a_model_they_do_not_fit_is_refused_with_the_reason(name: str) -> None:
         model = make()
     with pytest.raises(TargetError, match=reason) as refused:
         inlay.plan(model, PromptTuning())
-    assert type(model).__name__ in str(refused.value)
+    assert f"virtual tokens cannot enter this {type(model).__name__}" in str(refused.value)
 
 
 def test_attention_that_calls_twice_is_refused() -> None:
     model = DiffLlamaForCausalLM(DiffLlamaConfig(**SMALL)).eval()
     inlay.attach(model, PromptTuning(length=2))
-    with pytest.raises(
-        StateError, match=r"model\.layers\.0\.self_attn calls the attention function more than once"
-    ):
+    with pytest.raises(StateError, match="virtual tokens cannot stand in front of this attention") as refused:
         model(torch.tensor([[3, 4]]))
+    assert "model.layers.0.self_attn calls the attention function more than once" in str(refused.value)
 
 
 def test_blocks_that_read_packed_tokens_or_a_cache_are_refused() -> None:
@@ -182,7 +193,11 @@ def test_blocks_that_read_packed_tokens_or_a_cache_are_refused() -> None:
     state.slot.call = state.default_call().begin(model, (), {})
     try:
         state.slot.call.prepare()
-        with pytest.raises(StateError, match=r"hidden states of shape \(5, 32\)"):
+        with pytest.raises(StateError, match="virtual tokens cannot enter here") as refused:
             block(torch.zeros(5, 32))
+        assert "hidden states of shape (5, 32)" in str(refused.value)
+        with pytest.raises(StateError, match="virtual tokens cannot enter here") as refused:
+            block(torch.zeros(1, 5, 32), past_key_values=DynamicCache())
+        assert "a cache of keys and values" in str(refused.value)
     finally:
         state.slot.call = None

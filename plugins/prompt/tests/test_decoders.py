@@ -289,13 +289,15 @@ def test_checkpointing_of_a_routed_batch(family: str, reentrant: bool) -> None:
 def test_a_prompt_of_all_positions_is_refused() -> None:
     model = MODELS["gpt2"]()
     inlay.attach(model, PromptTuning(length=64))
-    with pytest.raises(StateError, match="64 of 64"):
+    with pytest.raises(StateError, match="virtual tokens take all positions the model has") as refused:
         output(model, padded([3]))
+    assert "64 of 64" in str(refused.value)
 
 
 def test_another_change_of_the_positions_is_refused() -> None:
     model = MODELS["gpt2"]()
     before = dict(model.named_modules())
-    with pytest.raises(inlay.InlayError, match=r"another part changes transformer\.wpe"):
+    with pytest.raises(inlay.InlayError, match="need the model's own table of positions") as refused:
         inlay.attach(model, PromptTuning(length=3), train=("wpe",))
+    assert "another part changes transformer.wpe" in str(refused.value)
     assert dict(model.named_modules()) == before
