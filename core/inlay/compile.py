@@ -15,7 +15,7 @@ from inlay.errors import AttachError
 from inlay.hosts import HostPort
 from inlay.ports import BlockPort, Port
 from inlay.programs import Member, Routed, Table, Tapped, WeightMember, needs_overlay, program_of
-from inlay.rows import Gate, Inner, Reader, Shifted, Virtual, run_rows
+from inlay.rows import Gate, Inner, Reader, Shifted, Turned, Virtual, run_rows
 from inlay.sites import AttentionSite, BlockSite, ModuleSite, SequenceSite, Site, SublayerSite
 from inlay.weights import Level
 
@@ -104,7 +104,7 @@ def _with_virtual(state: State, port: Port, plans: Sequence[StackPlan], program:
             program = Gate(virtual, program, module) if module in site.blocks else program
         elif module is site.positions:
             _need_plain(program, port)
-            program = Shifted(virtual)
+            program = Turned(virtual) if site.rotary else Shifted(virtual)
         elif module is site.module and site.blocks:
             program = Inner(virtual)
         elif module is site.reader:

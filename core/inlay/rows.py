@@ -1,8 +1,9 @@
 """Virtual tokens of a model: evaluated once per call, then keys and values, or rows among the tokens.
 
 `Virtual` knows the rows of the stacks of a batch at one sequence site. Where they run through the
-blocks, `Gate` lets them in and out, `widened` gives their columns and rows to each attention mask,
-and `Inner` and `Reader` keep their traces to themselves. `Shifted` moves the tokens' own positions.
+blocks, `Gate` lets them in and out, `attention` gives their columns and rows to each attention mask,
+and `Inner` and `Reader` keep their traces to themselves. `Shifted` moves the tokens' own positions,
+and `Turned` gives the rows theirs in rotary encoders.
 """
 
 from __future__ import annotations
@@ -217,6 +218,25 @@ class Shifted:
         shadow.__dict__ = {**table.__dict__, "_parameters": {**table._parameters, "weight": table.weight[p:]}}
         moved: Tensor = type(shadow).forward(shadow, *args, **kwargs)
         return moved
+
+
+class Turned:
+    """What turns queries and keys of an encoder, for the rows too: they are before the first token."""
+
+    def __init__(self, virtual: Virtual) -> None:
+        self.virtual = virtual
+
+    def __call__(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        own, width = base(*args, **kwargs), max(self.virtual.lengths())
+        if not width:
+            return own
+        positions = torch.arange(-width, 0, device=own[0].device)[None]
+        if "position_ids" in kwargs:
+            kwargs = {**kwargs, "position_ids": positions}
+        else:
+            args = (args[0], positions, *args[2:])
+        front = base(*args, **kwargs)
+        return tuple(torch.cat([f.expand(o.shape[0], -1, -1), o], 1) for f, o in zip(front, own, strict=True))
 
 
 class Inner:

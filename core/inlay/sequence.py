@@ -54,8 +54,12 @@ def _site(anatomy: Anatomy, path: str, blocks: list[Block], readers: list[str]) 
     attentions = _attentions(anatomy, stack, blocks, inner)
     embedding = _token_embedding(inner)
     causal = _is_causal(anatomy.model, attentions, reads=embedding is not None)
-    table = None if embedding is None else _position_table(anatomy, stack, inner)
+    table: nn.Module | None = None if embedding is None else _position_table(anatomy, stack, inner)
     rotary, relative = _named(inner, "rotary", "rope"), _named(inner, "relative")
+    if not rotary and any(
+        accepts(m, "position_embeddings") for m in (blocks[0].module, attentions[0].module)
+    ):
+        rotary = f"{path}, from outside"
     _need(not getattr(inner.config, "trigram_input", False), "its embeddings mix neighbouring tokens")
     if causal:
         _need(embedding is not None, "no table of tokens was found")
@@ -66,7 +70,9 @@ def _site(anatomy: Anatomy, path: str, blocks: list[Block], readers: list[str]) 
         mixes = any(isinstance(m, nn.Conv1d) for m in stack.modules())
         _need(not mixes, "its blocks mix tokens by more than attention (a convolution, a state)")
     else:
-        _need(not rotary, f"it rotates queries and keys of an encoder ({rotary})")
+        if rotary:
+            _need(embedding is not None and table is None, f"it rotates by more than a position ({rotary})")
+            table = _rotation(stack, inner)
         _need(_layerdrop(inner) == 0, f"it skips blocks at random (layerdrop={_layerdrop(inner)})")
         marked = (table is not None) != bool(relative) if embedding is not None else not relative
         _need(marked, "its positions are neither one table's nor relative to each token")
@@ -148,6 +154,17 @@ def _position_table(anatomy: Anatomy, stack: nn.Module, inner: Any) -> nn.Embedd
     return found[0]
 
 
+def _rotation(stack: nn.Module, inner: nn.Module) -> nn.Module:
+    """Return the one module beside the blocks that makes of positions how far queries and keys turn."""
+    inside = {id(m) for m in stack.modules()}
+    found = [
+        m for m in inner.modules()
+        if "Rotary" in type(m).__name__ and id(m) not in inside and accepts(m, "position_ids")
+    ]  # fmt: skip
+    _need(len(found) == 1, "its queries and keys turn by more than one module")
+    return found[0]
+
+
 def _named(inner: nn.Module, *words: str) -> str:
     """Return the first module or parameter below `inner` whose name or class holds one of `words`."""
     kinds = ((name, f"{name.rpartition('.')[2]} {type(m).__name__}") for name, m in inner.named_modules())
@@ -187,4 +204,5 @@ def _reader(anatomy: Anatomy, inner: nn.Module, blocks: list[Block], readers: li
 
 def accepts(module: nn.Module, argument: str) -> bool:
     """Whether a module's own forward has an argument of that name."""
-    return argument in inspect.signature(type(module).forward).parameters
+    kind = getattr(type(module), "_inlay_base", type(module))  # a host's own forward takes anything
+    return argument in inspect.signature(kind.forward).parameters

@@ -28,7 +28,7 @@ LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_lay
           "num_decoder_layers", "num_encoder_layers")  # fmt: skip
 MOST = 8  # layers: hybrids alternate their kinds within as many
 NEEDED = ("query", "key", "value", "output", "up", "down")
-METHODS = ("lora", "serial_adapter", "prefix_tuning", "ia3", "bitfit")
+METHODS = ("lora", "serial_adapter", "prefix_tuning", "prompt_tuning", "ia3", "bitfit")
 
 
 @dataclass

@@ -46,6 +46,7 @@ LEFT_OUT = {
     "DiffLlamaForCausalLM": "refused at its first call",
     "GPTBigCodeForCausalLM": "these sizes contradict its multi-query attention; plugins/prompt tests it",
     "XmodForMaskedLM": "wants a language",
+    "T5GemmaForConditionalGeneration": "these sizes do not fit each other",
     "VoxtralRealtimeForConditionalGeneration": "wants sound",
 }
 

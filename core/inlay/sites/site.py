@@ -198,7 +198,8 @@ class SequenceSite(Site):
     `attentions` are those of the blocks. A causal stack meets virtual tokens there, as keys and
     values; elsewhere they enter in front of the first of `blocks` and leave behind the last, unless
     a `reader` (the decoder) reads them too. `entry` makes of embedded tokens what the first block
-    reads, with `positions` as its table; both are None where there are no tokens (patches, sound).
+    reads, with `positions` as its table (for `rotary` encoders: what turns queries and keys); both are
+    None where there are no tokens (patches, sound).
     """
 
     features: int

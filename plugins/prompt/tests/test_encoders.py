@@ -24,6 +24,10 @@ from transformers import (
     DistilBertModel,
     ElectraConfig,
     ElectraModel,
+    EuroBertConfig,
+    EuroBertModel,
+    ModernBertConfig,
+    ModernBertModel,
     RobertaConfig,
     RobertaModel,
     T5Config,
@@ -47,6 +51,8 @@ TEXT: dict[str, Callable[[], nn.Module]] = {
     "roberta": lambda: RobertaModel(RobertaConfig(**SMALL)),
     "distilbert": lambda: DistilBertModel(DistilBertConfig(**DISTIL)),
     "electra": lambda: ElectraModel(ElectraConfig(**SMALL, embedding_size=16)),
+    "modernbert": lambda: ModernBertModel(ModernBertConfig(**SMALL, cls_token_id=1, sep_token_id=2)),
+    "eurobert": lambda: EuroBertModel(EuroBertConfig(**SMALL, num_key_value_heads=2, mask_token_id=3)),
     "clip text": lambda: CLIPTextModel(CLIPTextConfig(**SMALL)),
     "t5 encoder": lambda: T5EncoderModel(
         T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=0)
