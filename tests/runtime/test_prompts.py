@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -47,7 +48,9 @@ from transformers import (
 )
 
 import inlay
+from inlay.authoring import At, Init, Method, OutputDelta, Site, register
 from inlay.errors import StateError, TargetError
+from inlay.registry import registry
 from inlay.stack import need_state
 from inlay.testing.effects import output
 from inlay.testing.models import VOCABULARY, batch_for, build
@@ -128,6 +131,54 @@ def test_a_language_model_that_reads_images() -> None:
         assert not torch.equal(found, plain)
         inlay.detach(model)
         assert torch.equal(output(model, batch), plain)
+
+
+class Watched(OutputDelta):
+    """Notes which tokens it is told are real."""
+
+    def __init__(self, init: Init, seen: list[torch.Tensor | None]) -> None:
+        super().__init__()
+        self.zero, self.seen = init.zeros(1), seen
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, at: At) -> torch.Tensor:
+        self.seen.append(at.real(x))
+        return y * self.zero
+
+
+@dataclass(frozen=True)
+class Watch(Method):
+    """Watches the first layers' queries."""
+
+    id: ClassVar[str] = "watch"
+    default_targets: ClassVar[tuple[str, ...]] = ("query",)
+    reads_call: ClassVar[bool] = True
+    seen: ClassVar[list[torch.Tensor | None]] = []
+
+    def delta(self, site: Site, init: Init) -> Watched:
+        return Watched(init, self.seen)
+
+
+def test_what_mixes_tokens_is_told_which_rows_are_real() -> None:
+    """Virtual rows count as tokens; in front of a shorter prompt of the batch there is padding."""
+    register(Watch)
+    try:
+        model = build("bert")
+        inlay.attach(model, Watch(layers=[0]) + PromptTuning(length=1), "short", activate=False)
+        inlay.attach(model, Watch(layers=[0]) + PromptTuning(length=3), "long", activate=False)
+    finally:
+        registry.forget(Watch)
+    batch = batch_for(model, rows=2, length=4)
+    batch["attention_mask"] = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    with inlay.use(model, "long"):
+        output(model, batch)
+    with inlay.route(model, ["short", "long"]):
+        output(model, batch)
+    found = [seen.int().tolist() for seen in Watch.seen if seen is not None]
+    assert found == [
+        [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]],
+        [[0, 0, 1, 1, 1, 1, 1]],
+        [[1, 1, 1, 1, 1, 0, 0]],
+    ]
 
 
 # -- what they do not fit --------------------------------------------------------------------------

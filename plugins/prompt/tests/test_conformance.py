@@ -11,7 +11,7 @@ from inlay.authoring import Site
 from inlay.testing import MethodConformance
 from inlay_prompt import PromptTuning, PTuning
 
-LENGTHS, HIDDEN = st.integers(1, 4), st.sampled_from([None, 5])
+LENGTHS = st.integers(1, 4)
 
 
 class TestPromptTuning(MethodConformance):
@@ -26,28 +26,20 @@ class TestPromptTuning(MethodConformance):
 
 class TestPTuning(MethodConformance):
     method = PTuning
-    configurations = st.builds(PTuning, length=LENGTHS, encoder=st.just("mlp"), hidden=HIDDEN)
+    configurations = st.builds(
+        PTuning, length=LENGTHS, encoder=st.sampled_from(["lstm", "mlp"]), hidden=st.sampled_from([None, 5])
+    )
     by_layer = False
 
     @staticmethod
     def parameters(method: PTuning, sites: Sequence[Any]) -> int:
         n, total = method.length, 0
         for d in (s.features for s in sites):
-            m = method.hidden or d
-            total += n * d + (d + 1) * m + (m + 1) * m + (m + 1) * d
-        return total
-
-
-class TestPTuningRecurrent(MethodConformance):
-    method = PTuning
-    configurations = st.builds(PTuning, length=LENGTHS, hidden=HIDDEN)
-    by_layer = False
-
-    @staticmethod
-    def parameters(method: PTuning, sites: Sequence[Any]) -> int:
-        n, total = method.length, 0
-        for d in (s.features for s in sites):
-            m = method.hidden or d // 2
-            lstm = 4 * (2 * m * (d + m + 2) + 2 * m * (3 * m + 2))
-            total += n * d + lstm + (2 * m + 1) * 2 * m + (2 * m + 1) * d
+            if method.encoder == "mlp":
+                m = method.hidden or d
+                total += n * d + (d + 1) * m + (m + 1) * m + (m + 1) * d
+            else:
+                m = method.hidden or d // 2
+                lstm = 4 * (2 * m * (d + m + 2) + 2 * m * (3 * m + 2))
+                total += n * d + lstm + (2 * m + 1) * 2 * m + (2 * m + 1) * d
         return total
