@@ -103,17 +103,10 @@ class Anatomy:
         ]  # fmt: skip
 
     def sequence_sites(self) -> list[SequenceSite]:
-        """The token sequence, where virtual tokens can act as keys and values: rotary decoders."""
-        rotary = any("RotaryEmbedding" in type(m).__name__ for m in self.modules.values())
-        causal = [s for s in self.attentions if getattr(s.module, "is_causal", False) and not s.side]
-        embedding = self._embedding()
-        if not (rotary and causal and embedding is not None) or len(causal) != len(self.attentions):
-            return []
-        inner = self._parent_of_blocks()
-        return [
-            SequenceSite(name=f"{self.names[inner]}.sequence".lstrip("."), module=inner, role="embedding",
-                         embedding=embedding, features=causal[0].features, attentions=tuple(causal))
-        ]  # fmt: skip
+        """The stacks of blocks that virtual tokens can enter."""
+        from inlay import sequence
+
+        return sequence.find(self)[0]
 
     def leaf(self, name: str, module: nn.Module) -> ModuleSite | None:
         """Return a site for a leaf layer known only by name, or None if its kind is unknown."""
@@ -152,10 +145,6 @@ class Anatomy:
         """Whether the model has an encoder and a decoder."""
         torchs = any(isinstance(module, nn.Transformer) for module in self.modules.values())
         return torchs or bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
-
-    def _parent_of_blocks(self) -> nn.Module:
-        """Return the module that is called with the token sequence: the owner of the list of blocks."""
-        return self.modules[self.blocks[0].name.rsplit(".", 2)[0] if "." in self.blocks[0].name else ""]
 
     # -- leaf layers -----------------------------------------------------------------------------
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.context import At, Call, Slot
+from inlay.context import At, Slot
 from inlay.delta import Delta, KeyValues
 from inlay.errors import AttachError, StateError
 from inlay.hosts import check_own_forward
 from inlay.ports import Port
-from inlay.sites import AttentionSite, SequenceSite
+from inlay.sites import AttentionSite
 
 NAME = "inlay"
 
@@ -53,10 +53,13 @@ class AttentionPort(Port):
 
 
 class Columns:
-    """The members of one attention module: their keys and values side by side, in stack order."""
+    """The members of one attention module: their keys and values side by side, in stack order.
 
-    def __init__(self, members: Sequence[tuple[Delta, At]]) -> None:
-        self.members = tuple(members)
+    `virtual` tells of rows that are among the keys and queries already.
+    """
+
+    def __init__(self, members: Sequence[tuple[Delta, At]], virtual: Any = None) -> None:
+        self.members, self.virtual = tuple(members), virtual
 
     def __call__(self, key: Tensor) -> list[KeyValues]:
         return [delta(at) for delta, at in self.members]
@@ -76,8 +79,10 @@ class PromptColumns:
 class RoutedColumns:
     """The columns of every stack of the batch, each visible to its own rows only."""
 
-    def __init__(self, programs: Sequence[Columns | None], slot: Slot, site: AttentionSite) -> None:
-        self.programs, self.slot, self.site = tuple(programs), slot, site
+    def __init__(
+        self, programs: Sequence[Columns | None], slot: Slot, site: AttentionSite, virtual: Any = None
+    ) -> None:
+        self.programs, self.slot, self.site, self.virtual = tuple(programs), slot, site, virtual
 
     def __call__(self, key: Tensor) -> list[KeyValues]:
         call = self.slot.call
@@ -135,9 +140,12 @@ def attention(
     program = port.program if call is None else call.programs[port.index]
     own = implementation(module, port.config._attn_implementation)
     if call is not None and call.recording is not None:
-        call.recording[port.site.name] = (key, value)
+        _record(call.recording, port.site.name, key, value)
     columns = [] if program is None else program(key)
-    if not columns:
+    rows = 0 if program is None or program.virtual is None else max(program.virtual.lengths())
+    if rows:
+        attention_mask = _with_rows(module, query, attention_mask, kwargs, program.virtual)
+    if not columns and not rows:
         result: tuple[Tensor, Tensor | None] = own(module, query, key, value, attention_mask, **kwargs)
         return result
     if kwargs.get("cache") is not None:
@@ -150,7 +158,17 @@ def attention(
     key = torch.cat([*(_fitted(c.key, key) for c in columns), key], dim=2)
     value = torch.cat([*(_fitted(c.value, value) for c in columns), value], dim=2)
     output, weights = own(module, query, key, value, mask, **kwargs)
-    return output, None if weights is None else weights[..., width:]
+    return output, None if weights is None else weights[:, :, rows:, width + rows :]
+
+
+def _record(found: dict[str, tuple[Tensor, Tensor]], name: str, key: Tensor, value: Tensor) -> None:
+    if name in found:
+        raise StateError(
+            "virtual tokens cannot stand in front of this attention",
+            saw=f"{name} calls the attention function more than once",
+            do="use a method that acts on layers",
+        )
+    found[name] = (key, value)
 
 
 def implementation(module: nn.Module, name: str) -> Callable[..., Any]:
@@ -166,6 +184,8 @@ def widened(
     module: nn.Module, query: Tensor, key: Tensor, mask: Any, columns: list[KeyValues], kwargs: dict[str, Any]
 ) -> tuple[int, Any, dict[str, Any]]:
     """Return (extra width, mask, kwargs) for keys with the columns in front."""
+    if not columns:
+        return 0, mask, kwargs
     width = sum(c.key.shape[2] for c in columns)
     visible = _visible(columns, key.shape[0], key.device)
     if kwargs.get("position_bias") is not None:
@@ -174,13 +194,7 @@ def widened(
         mask = _missing_mask(module, query, key, kwargs, visible is not None)
         if mask is None:
             return width, None, kwargs
-    if not isinstance(mask, Tensor):
-        raise StateError(
-            "this kind of attention mask cannot be widened for extra keys",
-            saw=f"a {type(mask).__name__}",
-            do="model.set_attn_implementation('sdpa') or 'eager'",
-        )
-    return width, _widened_mask(mask, visible, width, key.shape[0]), kwargs
+    return width, widened_mask(mask, visible, width, key.shape[0]), kwargs
 
 
 def _missing_mask(
@@ -188,21 +202,66 @@ def _missing_mask(
 ) -> Tensor | None:
     """Return the mask a caller left out because the kernel would make it: top-left causal, or all visible."""
     length = query.shape[2]
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    if length > 1 and causal:
+    if length > 1 and _is_causal(module, kwargs):
         seen = torch.ones(length, key.shape[2], dtype=torch.bool, device=key.device).tril()
     elif needed:
         seen = torch.ones(length, key.shape[2], dtype=torch.bool, device=key.device)
     else:
         return None
+    return _as_mask(module, query, seen)
+
+
+def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    causal = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
+
+
+def _as_mask(module: nn.Module, query: Tensor, seen: Tensor) -> Tensor:
+    """Return which keys each query sees (T, S) as the mask the model's own implementation takes."""
     if module._inlay_attention.config._attn_implementation != "eager":  # type: ignore[union-attr]
         return seen[None, None]
     floor = torch.finfo(query.dtype).min
     return torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, floor)[None, None]
 
 
-def _widened_mask(mask: Tensor, visible: Tensor | None, width: int, batch: int) -> Tensor:
+def _with_rows(module: nn.Module, query: Tensor, mask: Any, kwargs: dict[str, Any], virtual: Any) -> Any:
+    """Return a mask over tokens with virtual rows in front, among keys and queries.
+
+    Tokens see the rows of their own sample. The rows see all that some token sees; under a causal
+    mask, those rows before them alone.
+    """
+    width = max(virtual.lengths())
+    visible: Tensor | None = virtual.visible(query.shape[0], query.device)
+    causal = _is_causal(module, kwargs)
+    if mask is None and visible is None:
+        return None
+    if mask is None:
+        seen = torch.ones([query.shape[2] - width] * 2, dtype=torch.bool, device=query.device)
+        mask = _as_mask(module, query, seen.tril() if causal else seen)
+    mask = widened_mask(mask, visible, width, query.shape[0])
+    if mask.dim() == 2 or (mask.shape[2] == 1 and not causal):
+        return mask
+    if not causal:
+        top = mask.any(2, keepdim=True) if mask.dtype == torch.bool else mask.amax(2, keepdim=True)
+        return torch.cat([top.expand(-1, -1, width, -1), mask], dim=2)
+    own = torch.ones(width, mask.shape[3], dtype=torch.bool, device=mask.device).tril()[None, None]
+    if visible is not None:  # a hidden row sees itself: attention to nothing is not a number
+        eye = torch.eye(width, mask.shape[3], dtype=torch.bool, device=mask.device)
+        seen = nn.functional.pad(visible, (0, mask.shape[3] - width))[:, None, None]
+        own = (own & seen) | eye
+    if mask.dtype != torch.bool:
+        own = torch.zeros_like(own, dtype=mask.dtype).masked_fill(~own, torch.finfo(mask.dtype).min)
+    return torch.cat([own.expand(*mask.shape[:2], -1, -1), mask], dim=2)
+
+
+def widened_mask(mask: Any, visible: Tensor | None, width: int, batch: int) -> Tensor:
+    """Return a mask with `width` more columns in front, hidden from those rows `visible` (B, width) says."""
+    if not isinstance(mask, Tensor):
+        raise StateError(
+            "this kind of attention mask cannot be widened for extra keys",
+            saw=f"a {type(mask).__name__}",
+            do="model.set_attn_implementation('sdpa') or 'eager'",
+        )
     if mask.dim() == 2:
         front = mask.new_ones(mask.shape[0], width) if visible is None else visible.to(mask.dtype)
         return torch.cat([front, mask], dim=1)
@@ -228,28 +287,3 @@ def _visible(columns: list[KeyValues], batch: int, device: torch.device) -> Tens
 def _fitted(extra: Tensor, like: Tensor) -> Tensor:
     extra = extra if extra.shape[0] == like.shape[0] else extra.expand(like.shape[0], -1, -1, -1)
     return extra.to(like)  # the dtype, and under device_map the device, of this layer
-
-
-def run_prompt(
-    call: Call, alone: Call, site: SequenceSite, members: Sequence[tuple[Delta, At]]
-) -> dict[str, Tensor]:
-    """Evaluate a stack's virtual tokens once, batch 1, at positions −p…−1; return their keys and values.
-
-    `alone` is a call in which only that stack is active. Exact for causal models: what the rows
-    leave at each layer depends on nothing but themselves.
-    """
-    rows = torch.cat([delta(at) for delta, at in members])[None]
-    alone.model, alone.recording, alone.prepared = call.model, {}, call.prepared
-    slot, before = call.slot, call.slot.call
-    slot.call = alone
-    try:
-        positions = torch.arange(-rows.shape[1], 0, device=rows.device)[None]
-        site.module(inputs_embeds=rows.to(site.reference.dtype), position_ids=positions, use_cache=False)
-    finally:
-        slot.call = before
-    recorded = alone.recording
-    return {
-        f"{name}/{part}": tensor
-        for name, pair in recorded.items()
-        for part, tensor in zip(("key", "value"), pair, strict=True)
-    }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from inlay.attention import AttentionPort, Columns, PromptColumns, RoutedColumns, run_prompt
+from inlay.attention import AttentionPort, Columns, PromptColumns, RoutedColumns
 from inlay.context import At, Call
 from inlay.delta import Delta
 from inlay.errors import AttachError
@@ -16,6 +16,7 @@ from inlay.experts import Experts, RoutedExperts
 from inlay.hosts import HostPort, own_class
 from inlay.ports import BlockPort, Port
 from inlay.programs import Member, Routed, Table, Tapped, WeightMember, by_weight, needs_overlay, program_of
+from inlay.rows import Gate, Inner, Reader, Shifted, Turned, Virtual, run_rows
 from inlay.sites import AttentionSite, BlockSite, ModuleSite, SequenceSite, Site, SublayerSite
 from inlay.weights import Level
 
@@ -45,15 +46,21 @@ class StackPlan:
         self.stack = stack
         self.placed = [state.placed[i] for i in stack if not state.placed[i].merged]
         self.entries: dict[nn.Module, list[Entry]] = {}  # see `inside_out`
-        self.sequence: list[Entry] = []
+        self.sequences: dict[str, list[Entry]] = {}
         for placed in self.placed:
             for site, delta in placed.adapter.placed:
                 if isinstance(site, SequenceSite):
-                    self.sequence.append((placed, site, delta))
+                    self.sequences.setdefault(site.name, []).append((placed, site, delta))
                 else:
                     self.entries.setdefault(site.module, []).append((placed, site, delta))
         self.entries = {module: inside_out(entries) for module, entries in self.entries.items()}
         self.wants_call = any(p.method.reads_call for p in self.placed)
+
+    def sites(self) -> list[SequenceSite]:
+        """Return the sequences that virtual tokens enter."""
+        return [
+            s for entries in self.sequences.values() for _, s, _ in entries[:1] if isinstance(s, SequenceSite)
+        ]
 
 
 def inside_out(entries: Sequence[Entry]) -> list[Entry]:
@@ -67,9 +74,11 @@ def places_of(plan: StackPlan) -> dict[tuple[type[Port], nn.Module], Site | None
     for module, entries in plan.entries.items():
         for _, site, _ in entries:
             found[PORTS.get(type(site), HostPort), module] = site
-    for _, site, _ in plan.sequence:
-        assert isinstance(site, SequenceSite)
-        found.update({(AttentionPort, inner.module): inner for inner in site.attentions})
+    for sequence in plan.sites():
+        found.update({(AttentionPort, inner.module): inner for inner in sequence.attentions})
+        hosts = (sequence.positions, sequence.reader, sequence.module if sequence.blocks else None)
+        found.update({(HostPort, module): None for module in hosts if module is not None})
+        found.update({(BlockPort, block): found.get((BlockPort, block)) for block in sequence.blocks})
     return {**dict.fromkeys((HostPort, module) for module in taps_of([plan])), **found}
 
 
@@ -87,7 +96,39 @@ def _program(state: State, port: Port, plans: Sequence[StackPlan], taps: Taps, p
     if len(programs) > 1 and site is not None:
         program = routed(programs, state.slot, site)
     keep = taps.get(port.module) if isinstance(port, HostPort) else None
-    return Tapped(keep, state.slot, program) if keep else program
+    program = Tapped(keep, state.slot, program) if keep else program
+    return _with_virtual(state, port, plans, program) if prompts else program
+
+
+def _virtual(state: State, plans: Sequence[StackPlan], site: SequenceSite) -> Virtual:
+    keys = [(plan.stack, site.name) if site.name in plan.sequences else None for plan in plans]
+    return Virtual(state.slot, site, keys)
+
+
+def _with_virtual(state: State, port: Port, plans: Sequence[StackPlan], program: Any) -> Any:
+    """Return what runs at a module that virtual tokens pass, or that must know of them."""
+    sites = {site.name: site for plan in plans for site in plan.sites()}
+    for site in sites.values():
+        virtual, module = _virtual(state, plans, site), port.module
+        if isinstance(port, BlockPort):
+            program = Gate(virtual, program, module) if module in site.blocks else program
+        elif module is site.positions:
+            _need_plain(program, port)
+            program = Turned(virtual) if site.rotary else Shifted(virtual)
+        elif module is site.module and site.blocks:
+            program = Inner(virtual)
+        elif module is site.reader:
+            program = Reader(virtual)
+    return program
+
+
+def _need_plain(program: Any, port: Port) -> None:
+    if program is not None:
+        raise AttachError(
+            "virtual tokens need the model's own table of positions",
+            saw=f"another part changes {port.name}",
+            do="choose other targets for that part",
+        )
 
 
 def members_of(state: State, entries: Sequence[Entry]) -> list[Member]:
@@ -162,18 +203,21 @@ def _attention_program(
     state: State, site: AttentionSite, plans: Sequence[StackPlan], prompts: bool
 ) -> Columns | RoutedColumns | None:
     programs: list[Columns | None] = []
+    sites = {s.name: s for plan in plans if prompts for s in plan.sites()
+             if any(a.module is site.module for a in s.attentions)}  # fmt: skip
+    own = next(iter(sites.values()), None)
     for plan in plans:
         entries = [e for e in plan.entries.get(site.module, []) if isinstance(e[1], AttentionSite)]
         members: list[Any] = []
-        if plan.sequence and prompts:
-            placed, sequence, _ = plan.sequence[0]
-            columns = PromptColumns(state.slot, plan.stack, site.name)
-            members.append((columns, At(sequence, state.slot, placed, None)))
+        if own is not None and not own.blocks and own.name in plan.sequences:
+            columns = PromptColumns(state.slot, (plan.stack, own.name), site.name)
+            members.append((columns, At(own, state.slot, plan.sequences[own.name][0][0], None)))
         members += [(delta, At(site, state.slot, placed, None)) for placed, site, delta in entries]
         programs.append(Columns(members) if members else None)
-    if len(programs) == 1 or not any(programs):
-        return programs[0]
-    return RoutedColumns(programs, state.slot, site)
+    virtual = _virtual(state, plans, own) if own is not None and own.blocks else None
+    if len(programs) > 1 and (virtual or any(programs)):
+        return RoutedColumns(programs, state.slot, site, virtual)
+    return Columns(() if programs[0] is None else programs[0].members, virtual) if virtual else programs[0]
 
 
 def taps_of(plans: Sequence[StackPlan]) -> Taps:
@@ -203,18 +247,18 @@ def _prepares(
     found: dict[Hashable, Callable[[Call], Any]] = {}
     for plan in plans:
         found.update({p.id: p.prepare for p in plan.placed if p.method.prepares})
-    for plan in plans:
-        if plan.sequence and prompts:
-            found[plan.stack] = partial(_prompt, state, plan.sequence, plan.stack)
+    for plan in plans if prompts else ():
+        for name, entries in plan.sequences.items():
+            found[plan.stack, name] = partial(_rows, state, entries, plan.stack)
     return list(found.items())
 
 
-def _prompt(state: State, entries: Sequence[Entry], stack: tuple[int, ...], call: Call) -> Any:
+def _rows(state: State, entries: Sequence[Entry], stack: tuple[int, ...], call: Call) -> Any:
     alone = Call(state.table_for((stack,), prompts=False), state.slot, tasks=call.tasks)
     members = [(delta, At(site, state.slot, placed, None)) for placed, site, delta in entries]
     site = entries[0][1]
     assert isinstance(site, SequenceSite)
-    return run_prompt(call, alone, site, members)
+    return run_rows(call, alone, site, members)
 
 
 def _apart(a: Site, b: Site) -> bool:

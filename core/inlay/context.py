@@ -59,6 +59,9 @@ class Call:
         self.prepared: dict[Hashable, Mapping[str, Tensor]] = {}
         self.batch: int | None = None
         self.recording: dict[str, tuple[Tensor, Tensor]] | None = None
+        self.until: Any = None  # a block: a run of the model that ends where it begins
+        self.tokens: dict[str, int] = {}  # how many tokens came in where virtual rows went in front
+        self.front: Tensor | None = None  # which of these rows are a sample's own (B, P), if not all are
         self.model: Any = None
         self._past: int | None = None
         self._kept: dict[Any, Any] = {}
@@ -138,9 +141,17 @@ class Call:
             return None
         if mask.dim() == 4:
             own = min(self.past_length, mask.shape[-1] - length)  # a sliding window holds no more columns
-            mask = mask[:, 0].diagonal(own, -2, -1)
-            return mask if mask.dtype == torch.bool else mask >= 0
-        return mask[:, -length:].bool()
+            mask = mask[:, 0].diagonal(max(own, 0), -2, -1)
+            return self._with_front(mask if mask.dtype == torch.bool else mask >= 0, length)
+        return self._with_front(mask[:, -length:].bool(), length)
+
+    def _with_front(self, mask: Tensor, length: int) -> Tensor:
+        """Return a mask of tokens (B, T) as one of `length` columns: virtual rows stand in front."""
+        width = length - mask.shape[1]
+        if width <= 0:
+            return mask
+        front = mask.new_ones(mask.shape[0], width) if self.front is None else self.front
+        return torch.cat([front, mask], dim=1)
 
     @property
     def store(self) -> dict[Any, Any]:

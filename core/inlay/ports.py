@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from inlay.context import Slot, take_first
@@ -34,10 +34,25 @@ class Port:
         raise NotImplementedError
 
 
-class BlockPort(Port):
-    """A forward hook on a transformer block. Blocks keep their class; FSDP needs it."""
+class Entered(Exception):  # noqa: N818 - no error: a run reached the block it was to reach
+    """What a block would have read."""
 
-    handle: RemovableHandle | None = None
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+class BlockPort(Port):
+    """Forward hooks on a transformer block. Blocks keep their class; FSDP needs it."""
+
+    handles: tuple[RemovableHandle, ...] = ()
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let the program change what the block reads."""
+        call = self.slot.call
+        if call is not None and call.until is module:
+            raise Entered(take_first(args, kwargs)[0])
+        program = self.program if call is None else call.programs[self.index]
+        return None if program is None else program.inputs(args, kwargs)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call = self.slot.call
@@ -45,9 +60,10 @@ class BlockPort(Port):
         return output if program is None else program.outputs(take_first(args, kwargs)[0], output)
 
     def enter(self) -> None:
-        self.handle = self.module.register_forward_hook(self, with_kwargs=True)
+        before = self.module.register_forward_pre_hook(self.before, with_kwargs=True)
+        self.handles = (before, self.module.register_forward_hook(self, with_kwargs=True))
 
     def leave(self) -> None:
-        if self.handle is not None:
-            self.handle.remove()
-        self.handle = None
+        for handle in self.handles:
+            handle.remove()
+        self.handles = ()

@@ -77,6 +77,10 @@ class Program:
     def __call__(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.outputs(take_first(args, kwargs)[0], base(*args, **kwargs))
 
+    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what a block is called with; only its output is changed here."""
+        return args, kwargs
+
     def outputs(self, x: Tensor, output: Any) -> Any:
         """Return the output changed."""
         if self.reads is not None:
@@ -95,10 +99,10 @@ class Onion(Program):
     def __init__(self, members: Sequence[Member], slot: Slot, reads: str | None = None) -> None:
         super().__init__(slot, reads)
         self.members = tuple(members)
-        self.inputs = any(m.delta.face == "input" for m in members)
+        self.reaches_in = any(m.delta.face == "input" for m in members)
 
     def __call__(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.inputs:
+        if not self.reaches_in:
             return super().__call__(module, base, args, kwargs)
         x, args, kwargs = take_first(args, kwargs)
         return self.run(lambda inner: base(inner, *args, **kwargs), x)
@@ -144,7 +148,7 @@ class Overlay(Onion):
     def __call__(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shadow, shift = self.shadow(module)
         forward = type(shadow).forward
-        if not self.inputs and shift is None:
+        if not self.reaches_in and shift is None:
             return self.outputs(take_first(args, kwargs)[0], forward(shadow, *args, **kwargs))
         x, args, kwargs = take_first(args, kwargs)
 
@@ -217,7 +221,7 @@ class Routed(Program):
     def __init__(self, programs: Sequence[Program | None], slot: Slot, site: Site) -> None:
         super().__init__(slot, next((p.reads for p in programs if p is not None), None))
         self.programs, self.site = tuple(programs), site
-        self.once = all(p is None or (type(p) is Onion and not p.inputs) for p in programs)
+        self.once = all(p is None or (type(p) is Onion and not p.reaches_in) for p in programs)
 
     def __call__(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not isinstance(self.site, ModuleSite):

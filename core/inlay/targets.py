@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from inlay import sequence
 from inlay.anatomy import ROLES, Anatomy
 from inlay.corrections import matches
 from inlay.errors import TargetError, near, shown
@@ -119,7 +120,7 @@ def _check_one_side(anatomy: Anatomy, role: str, found: Sequence[Site]) -> None:
 def _by_role(anatomy: Anatomy, method: Method, role: str) -> list[Site]:
     accepts = method.accepts
     if "sequence" in accepts:
-        return list(anatomy.sequence_sites()) if role == "embedding" else []
+        return list(sequence.by_default(anatomy)) if role == "embedding" else []
     if "attention" in accepts and role in ("attention", "cross_attention"):
         return [s for s in anatomy.attentions if role == "attention" or s.cross]
     if "sublayer" in accepts and role in ("attention", "ffn", "cross_attention"):
@@ -157,7 +158,8 @@ def _by_name(anatomy: Anatomy, method: Method, pattern: str) -> list[Site]:
 def _named(anatomy: Anatomy, method: Method, name: str) -> list[Site]:
     """Return the sites that the module called `name` gives this method."""
     module, accepts = anatomy.modules[name], method.accepts
-    special = [*anatomy.attentions, *anatomy.sublayers, *anatomy.block_sites()]
+    special: list[Site] = [*anatomy.attentions, *anatomy.sublayers, *anatomy.block_sites()]
+    special += anatomy.sequence_sites() if "sequence" in accepts else []
     hits: list[Site] = [
         s for s in special
         if s.kind in accepts and module in (s.module, getattr(getattr(s, "x", None), "module", None))
@@ -197,6 +199,12 @@ def _in_layers(sites: list[Site], method: Method) -> list[Site]:
 
 def _nothing(anatomy: Anatomy, method: Method, entry: str) -> TargetError:
     accepts = ", ".join(sorted(method.accepts))
+    if entry in ROLES and "sequence" in method.accepts and (reasons := sequence.find(anatomy)[1]):
+        return TargetError(
+            f"virtual tokens cannot enter this {anatomy.family}",
+            saw="; ".join(reasons),
+            do="choose prefix_tuning, whose keys and values have no positions, or lora",
+        )
     if entry in ROLES:
         have = [role for role in ROLES if _by_role(anatomy, method, role)]
         return TargetError(

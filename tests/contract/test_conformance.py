@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from rehearsal.loreft import LoReFT
 from rehearsal.lt_sft import LTSFT
 from rehearsal.molora import MoLORA
-from rehearsal.prompt_tuning import PromptTuning
 from rehearsal.unipelt import UniPELT
 from rehearsal.vera import VeRA
 
@@ -35,7 +34,7 @@ OWN = {"R16": "a method registered in this process is installed in no other"}
 @pytest.fixture(autouse=True, scope="module")
 def _offered() -> Iterator[None]:
     """Offer the methods here, and let a fresh interpreter find the rehearsal's folder."""
-    with pytest.MonkeyPatch.context() as patch, offered(VeRA, LoReFT, LTSFT, PromptTuning, UniPELT, MoLORA):
+    with pytest.MonkeyPatch.context() as patch, offered(VeRA, LoReFT, LTSFT, UniPELT, MoLORA):
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         yield
 
@@ -80,20 +79,6 @@ class TestLTSFT(MethodConformance):
     def parameters(method: LTSFT, sites: Sequence[Any]) -> int:
         sizes = [(*shapes(s)[0], s.has_bias and shapes(s)[1][0]) for s in sites]
         return sum(rows * columns + bias for rows, columns, bias in sizes)
-
-
-class TestPromptTuning(MethodConformance):
-    method = PromptTuning
-    excused = OWN
-    configurations = st.builds(
-        PromptTuning, length=st.integers(1, 5), init=st.sampled_from(["vocabulary", "uniform"])
-    )
-    families = ("llama",)
-    by_layer = False
-
-    @staticmethod
-    def parameters(method: PromptTuning, sites: Sequence[Site]) -> int:
-        return sum(method.length * s.out_features for s in sites)
 
 
 class TestUniPELT(MethodConformance):

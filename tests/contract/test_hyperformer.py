@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 import inlay
 from inlay.errors import RoutingError
+from inlay_prompt import PromptTuning
 
 SMALL = {"tasks": 3, "reduction": 8, "embedding": 4, "hidden": 6, "projected": 5}
 
@@ -234,6 +235,21 @@ def test_a_missing_or_unknown_task_is_refused(tasks: list[int] | None, saw: str)
     model = attached("llama", "shared")
     with inlay.route(model, "fr", tasks=tasks), pytest.raises(RoutingError, match=saw):
         model(**batch_for(model))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_virtual_tokens_pass_through_it_task_by_task(family: str) -> None:
+    """In a stack with a prompt, its rows see the task of the row they stand in front of."""
+    model = build(family)
+    inlay.attach(model, Hyperformer(**SMALL) + PromptTuning(length=3), "fr", seed=0)
+    stir(model, "fr", std=0.2)
+    batch = batch_for(model)
+    with inlay.route(model, "fr", tasks=[2, 0, 1]):
+        together = logits(model, batch)
+    for row, task in enumerate([2, 0, 1]):
+        with inlay.route(model, "fr", tasks=[task]):
+            alone = logits(model, {k: v[row : row + 1] for k, v in batch.items()})
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_a_wrong_number_of_tasks_is_refused() -> None:

@@ -32,7 +32,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {  # in whose default configurations no lay
 }
 MOST = 8  # layers: hybrids alternate their kinds within as many
 NEEDED = ("query", "key", "value", "output", "up", "down")
-METHODS = ("lora", "serial_adapter", "prefix_tuning", "ia3", "bitfit")
+METHODS = ("lora", "serial_adapter", "prefix_tuning", "prompt_tuning", "ia3", "bitfit")
 
 
 @dataclass

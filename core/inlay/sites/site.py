@@ -239,17 +239,29 @@ class BlockSite(Site):
 
 @dataclass(eq=False, kw_only=True)
 class SequenceSite(Site):
-    """The token sequence of a rotary-position decoder; `attentions` are the modules that will see it."""
+    """The tokens one stack of blocks reads; `module` is the transformers model around the blocks.
 
-    embedding: nn.Module
+    `attentions` are those of the blocks. A causal stack meets virtual tokens there, as keys and
+    values; elsewhere they enter in front of the first of `blocks` and leave behind the last, unless
+    a `reader` (the decoder) reads them too. `entry` makes of embedded tokens what the first block
+    reads, with `positions` as its table (for `rotary` encoders: what turns queries and keys); both are
+    None where there are no tokens (patches, sound).
+    """
+
     features: int
+    embedding: nn.Embedding | None
     attentions: tuple[AttentionSite, ...] = field(default=())
+    blocks: tuple[nn.Module, ...] = field(default=())
+    entry: nn.Module | None = None
+    positions: nn.Module | None = None
+    rotary: bool = False
+    reader: nn.Module | None = None
     kind: ClassVar[str] = "sequence"
     faces: ClassVar[frozenset[str]] = frozenset({"sequence"})
 
     @property
     def like(self) -> nn.Module:
-        return self.embedding
+        return self.embedding or self.attentions[0].module
 
     @property
     def in_features(self) -> int:

@@ -177,7 +177,7 @@ class KitColumns(Method):
 @register
 @dataclass(frozen=True)
 class KitRows(Method):
-    """Virtual tokens: the sequence face, on decoders with rotary positions."""
+    """Virtual tokens: the sequence face."""
 
     id: ClassVar[str] = "kit_rows"
     accepts: ClassVar[frozenset[str]] = frozenset({"sequence"})
@@ -203,7 +203,7 @@ COLUMNS = Joined(
     KitColumns, st.builds(KitColumns),
     parameters=lambda _, sites: sum(4 * s.kv_heads * s.head_dim for s in sites),  # type: ignore[attr-defined]
 )  # fmt: skip
-ROWS = Joined(KitRows, st.builds(KitRows), families=("llama",), by_layer=False,
+ROWS = Joined(KitRows, st.builds(KitRows), by_layer=False,
               parameters=lambda _, sites: 2 * sites[0].in_features)  # fmt: skip
 HEAD = Joined(
     Trained, st.builds(Trained), families=("llama", "bert", "vit"), merges=True, replaces=True,
