@@ -27,7 +27,6 @@ from inlay_lora import LoRA
 from inlay_prefix import PrefixTuning
 
 pytestmark = pytest.mark.slow  # the methods' own tests run always
-BOTH, STARTS = st.booleans(), st.sampled_from(["vocabulary", "uniform"])
 OWN = {"R16": "a method registered in this process is installed in no other"}
 
 
