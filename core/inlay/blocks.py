@@ -32,9 +32,9 @@ def find_blocks(modules: Modules, attentions: Collection[str], two_sided: bool) 
     blocks: dict[str, Block] = {}
     for owner in dict.fromkeys(path.rpartition(".")[0] for path in paths.values()):
         for held in _lists_beside(modules, owner, attentions):
-            whole = held == owner and f"{owner}.0" not in attentions
+            whole = held == owner and _joined(owner, "0") not in attentions
             for number, (key, _) in enumerate(modules[held].named_children()):
-                path = f"{held}.{key}"
+                path = _joined(held, key)
                 if path in modules:
                     side = _side(path) if two_sided else ""
                     blocks[path] = Block(path, modules[path], number, side, whole=whole)
@@ -59,11 +59,15 @@ def _block_path(modules: Modules, name: str, attentions: Collection[str]) -> str
 
 def _lists_beside(modules: Modules, owner: str, attentions: Collection[str]) -> list[str]:
     """Return a list of blocks; of attentions alone, with those beside it that are as long (XLM)."""
-    if f"{owner}.0" not in attentions:
+    if not owner or _joined(owner, "0") not in attentions:
         return [owner]
     above, _, own = owner.rpartition(".")
     beside = {n: m for n, m in modules[above].named_children() if isinstance(m, nn.ModuleList)}
-    return [f"{above}.{n}".lstrip(".") for n, m in beside.items() if len(m) == len(beside[own])]
+    return [_joined(above, n) for n, m in beside.items() if len(m) == len(beside[own])]
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}".lstrip(".")
 
 
 def _side(path: str) -> str:
