@@ -19,7 +19,7 @@ from inlay.experts import expert_sites, holds_experts
 from inlay.hosts import Deltas
 from inlay.kinds import layer_kind, shape_of
 from inlay.multihead import multihead_sites
-from inlay.roles import ATTENTION, FEED_FORWARD, alias, fused_parts, gated_parts, is_attention
+from inlay.roles import ATTENTION, FEED_FORWARD, FUSED, alias, fused_parts, gated_parts, is_attention
 from inlay.sites import BlockSite, ModuleSite, SequenceSite, Slice
 from inlay.sublayers import Sublayers, attention_sites
 
@@ -93,6 +93,16 @@ class Anatomy:
     def inside(self, block: Block) -> list[ModuleSite]:
         """Return the leaf layers of a block."""
         return self._of_block.get(id(block), [])
+
+    def unsplit(self) -> list[str]:
+        """Say which layers are fused projections by their name, yet of a size that no layout explains."""
+        attentions = {name for block in self.blocks for name, _, _ in block.attentions}
+        return [
+            f"{s.name} has {s.out_features} outputs, of {s.in_features} inputs"
+            for s in self.leaves
+            if s.part is None and not s.role and s.name.rpartition(".")[2] in FUSED
+            and s.name.rpartition(".")[0] in attentions
+        ]  # fmt: skip
 
     def block_sites(self) -> list[BlockSite]:
         sublayer = {s.layer: s.features for s in self.sublayers}

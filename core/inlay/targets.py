@@ -205,6 +205,12 @@ def _nothing(anatomy: Anatomy, method: Method, entry: str) -> TargetError:
             saw="; ".join(reasons),
             do="choose prefix_tuning, whose keys and values have no positions, or lora",
         )
+    if unsplit := anatomy.unsplit() if entry in ("query", "key", "value") else []:
+        return TargetError(
+            f"the slices of a fused projection are not known, so {method.id} cannot tell its {entry!r}",
+            saw=unsplit[0],
+            do='say them: inlay.anatomy(model).override({"*.qkv": {"query": …, "key": …, "value": …}})',
+        )
     if entry in ROLES:
         have = [role for role in ROLES if _by_role(anatomy, method, role)]
         return TargetError(

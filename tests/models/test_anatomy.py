@@ -128,6 +128,26 @@ def test_a_correction_stays_with_the_model_and_its_copies(tmp_path: Path) -> Non
     assert inlay.plan(again, "lora(rank=2)").parts[0].kinds == {"query": 2, "value": 2}
 
 
+def test_a_fused_projection_of_unknown_slices_says_so() -> None:
+    class OddAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_heads, self.head_dim = 4, 8
+            self.qkv, self.proj = nn.Linear(32, 100), nn.Linear(32, 32)
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.ModuleDict({"attn": OddAttention()})])
+
+    model = Odd()
+    with pytest.raises(TargetError, match="the slices of a fused projection are not known") as caught:
+        inlay.plan(model, "lora(targets=['query'])")
+    assert "layers.0.attn.qkv has 100 outputs, of 32 inputs" in str(caught.value)
+    inlay.anatomy(model).override({"*.qkv": {"query": 32, "key": 32, "value": 36}})
+    assert inlay.plan(model, "lora(targets=['value'])").parts[0].kinds == {"value": 1}
+
+
 def test_a_role_can_be_taken_away() -> None:
     model = gpt2()
     inlay.anatomy(model).override({"h.1.attn.c_attn": ""})
