@@ -39,7 +39,8 @@ def llava() -> tuple[nn.Module, dict[str, Tensor]]:
 def whisper() -> tuple[nn.Module, dict[str, Tensor]]:
     config = transformers.WhisperConfig(
         vocab_size=64, num_mel_bins=8, d_model=32, encoder_layers=2, decoder_layers=2,
-        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_source_positions=10,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
+        max_source_positions=10,
         max_target_positions=20, bos_token_id=1, eos_token_id=2, pad_token_id=0, decoder_start_token_id=1,
     )  # fmt: skip
     model = transformers.WhisperForConditionalGeneration(config)
