@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.blockmask import is_block_mask, widened_block_mask
 from inlay.context import At, Slot
 from inlay.delta import Delta, KeyValues
 from inlay.errors import AttachError, StateError
@@ -24,6 +25,7 @@ from inlay.ports import Port
 from inlay.sites import AttentionSite
 
 NAME = "inlay"
+ADDED = ("eager", "flex_attention")  # implementations that add a mask to the scores
 
 
 class AttentionPort(Port):
@@ -194,6 +196,8 @@ def widened(
         mask = _missing_mask(module, query, key, kwargs, visible is not None)
         if mask is None:
             return width, None, kwargs
+    if is_block_mask(mask):
+        return width, widened_block_mask(mask, visible, width), kwargs
     return width, widened_mask(mask, visible, width, key.shape[0]), kwargs
 
 
@@ -218,7 +222,8 @@ def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
 
 def _as_mask(module: nn.Module, query: Tensor, seen: Tensor) -> Tensor:
     """Return which keys each query sees (T, S) as the mask the model's own implementation takes."""
-    if module._inlay_attention.config._attn_implementation != "eager":  # type: ignore[union-attr]
+    port: AttentionPort = module._inlay_attention  # type: ignore[assignment]
+    if port.config._attn_implementation not in ADDED:
         return seen[None, None]
     floor = torch.finfo(query.dtype).min
     return torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, floor)[None, None]

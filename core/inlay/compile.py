@@ -15,7 +15,17 @@ from inlay.errors import AttachError
 from inlay.experts import Experts, RoutedExperts
 from inlay.hosts import HostPort, own_class
 from inlay.ports import BlockPort, Port
-from inlay.programs import Member, Routed, Table, Tapped, WeightMember, by_weight, needs_overlay, program_of
+from inlay.programs import (
+    Member,
+    Overlay,
+    Routed,
+    Table,
+    Tapped,
+    WeightMember,
+    by_weight,
+    needs_overlay,
+    program_of,
+)
 from inlay.rows import Gate, Inner, Reader, Shifted, Turned, Virtual, run_rows
 from inlay.sites import AttentionSite, BlockSite, ModuleSite, SequenceSite, Site, SublayerSite
 from inlay.weights import Level
@@ -112,9 +122,10 @@ def _with_virtual(state: State, port: Port, plans: Sequence[StackPlan], program:
         virtual, module = _virtual(state, plans, site), port.module
         if isinstance(port, BlockPort):
             program = Gate(virtual, program, module) if module in site.blocks else program
+        elif module is site.positions and site.rotary:
+            program = Turned(virtual)
         elif module is site.positions:
-            _need_plain(program, port)
-            program = Turned(virtual) if site.rotary else Shifted(virtual)
+            program = Shifted(virtual, _tables(program, port) or [None] * len(plans))
         elif module is site.module and site.blocks:
             program = Inner(virtual)
         elif module is site.reader:
@@ -122,13 +133,21 @@ def _with_virtual(state: State, port: Port, plans: Sequence[StackPlan], program:
     return program
 
 
-def _need_plain(program: Any, port: Port) -> None:
-    if program is not None:
+def _tables(program: Any, port: Port) -> list[Overlay | None]:
+    """Return what each stack makes of a table of positions, nothing if none does.
+
+    Raise if it is more than other values in it.
+    """
+    tables: list[Any] = (
+        list(program.programs) if isinstance(program, Routed) else [program] if program else []
+    )
+    if any(t is not None and (type(t) is not Overlay or t.members) for t in tables):
         raise AttachError(
-            "virtual tokens need the model's own table of positions",
-            saw=f"another part changes {port.name}",
-            do="choose other targets for that part",
+            "virtual tokens move the table of positions, and another part changes what it gives",
+            saw=f"a delta on the output of {port.name}",
+            do="choose other targets for that part; what changes the table's own values may stay",
         )
+    return tables
 
 
 def members_of(state: State, entries: Sequence[Entry]) -> list[Member]:

@@ -19,6 +19,7 @@ from inlay.context import At, Call, Slot, take_first
 from inlay.delta import Delta
 from inlay.errors import StateError
 from inlay.ports import Entered
+from inlay.programs import Overlay, shadow_of
 from inlay.sequence import accepts
 from inlay.sites import SequenceSite
 
@@ -183,29 +184,29 @@ class Shifted:
     """A table of positions while virtual tokens have the first p: every token reads p rows further on.
 
     Only the table's view moves, so that whatever computes positions (a cache, `generate`, padding,
-    the caller) need not know.
+    the caller) need not know. `tables` are what each stack makes of it: None leaves it as it is.
     """
 
-    def __init__(self, virtual: Virtual) -> None:
-        self.virtual = virtual
+    def __init__(self, virtual: Virtual, tables: Sequence[Overlay | None]) -> None:
+        self.virtual, self.tables = virtual, tuple(tables)
 
     def __call__(self, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        lengths = self.virtual.lengths()
-        found = {p: self.run(p, module, base, args, kwargs) for p in set(lengths)}
+        choices = list(zip(self.virtual.lengths(), self.tables, strict=True))
+        found = {choice: self.run(*choice, module, base, args, kwargs) for choice in dict.fromkeys(choices)}
         if len(found) == 1:
-            return found[lengths[0]]
+            return found[choices[0]]
         call = self.virtual.slot.call
         assert call is not None
         size = call.batch or next(iter(found.values())).shape[0]
         stacks = self.virtual.stacks(size)
-        return torch.stack([_row(found[lengths[stack]], i) for i, stack in enumerate(stacks)])
+        return torch.stack([_row(found[choices[stack]], i) for i, stack in enumerate(stacks)])
 
     def run(
-        self, p: int, module: nn.Module, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, p: int, overlay: Overlay | None, module: nn.Module, base: Base, args: Any, kwargs: Any
     ) -> Tensor:
         """Return what the table gives when its rows count from the p-th on."""
         table: Any = module
-        if p == 0:
+        if p == 0 and overlay is None:
             result: Tensor = base(*args, **kwargs)
             return result
         if p >= len(table.weight):
@@ -214,8 +215,9 @@ class Shifted:
                 saw=f"{p} of {len(table.weight)}",
                 do="use a shorter prompt",
             )
-        shadow: Any = object.__new__(table._inlay_base)
-        shadow.__dict__ = {**table.__dict__, "_parameters": {**table._parameters, "weight": table.weight[p:]}}
+        changed = {} if overlay is None else overlay.shadow(module)[0]._parameters
+        weight = {**table._parameters, **changed}["weight"]
+        shadow = shadow_of(module, table._inlay_base, {"weight": weight[p:]})
         moved: Tensor = type(shadow).forward(shadow, *args, **kwargs)
         return moved
 

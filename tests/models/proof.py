@@ -105,7 +105,7 @@ def prove(kind: str, model_type: str, task: str) -> Proof:
         proof.unrun = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:80]}"
         return proof
     found = {site.role for site in Anatomy(model).leaves if site.layer is not None}
-    roles = [role for role in ROLES if role in found]
+    roles = [f"both.{role}" for role in ROLES if role in found]
     if roles:
         _adapted(proof, model, batch, base, roles)
     return proof

@@ -252,3 +252,12 @@ def test_blocks_that_read_packed_tokens_or_a_cache_are_refused() -> None:
         assert "a cache of keys and values" in str(refused.value)
     finally:
         state.slot.call = None
+
+
+def test_a_change_of_what_the_table_of_positions_gives_is_refused() -> None:
+    model = build("gpt2")
+    before = dict(model.named_modules())
+    with pytest.raises(inlay.InlayError, match="virtual tokens move the table of positions") as refused:
+        inlay.attach(model, PromptTuning(length=3) + LoRA(targets=["wpe"]))
+    assert "a delta on the output of transformer.wpe" in str(refused.value)
+    assert dict(model.named_modules()) == before

@@ -78,16 +78,31 @@ def vit(**changes: Any) -> nn.Module:
     return ViTForImageClassification(ViTConfig(**{**sizes, **changes}))
 
 
+def mixtral(**changes: Any) -> nn.Module:
+    """A decoder whose feed-forwards are mixtures of experts, all matrices in 3-D parameters."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(MixtralConfig(**{**_decoder(), **_experts(), **changes}))
+
+
+def gpt_oss(**changes: Any) -> nn.Module:
+    """A mixture of experts stored (in, out), gate and up by turns, with biases; sinks in its attention."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    return GptOssForCausalLM(GptOssConfig(**{**_decoder(), **_experts(), "head_dim": 8, **changes}))
+
+
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "llama": llama, "qwen": qwen, "gpt2": gpt2, "bert": bert, "roberta": roberta, "t5": t5, "vit": vit,
 }  # fmt: skip
+EXPERTS: dict[str, Callable[..., nn.Module]] = {"mixtral": mixtral, "gpt_oss": gpt_oss}
 
 
 def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
     """Return a seeded tiny model in evaluation mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return FAMILIES[family](**changes).to(dtype).eval()
+        return {**FAMILIES, **EXPERTS}[family](**changes).to(dtype).eval()
 
 
 def batch_for(
@@ -115,6 +130,10 @@ def _decoder() -> dict[str, Any]:
     return {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
             "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0,
             "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+
+
+def _experts() -> dict[str, Any]:
+    return {"num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2}
 
 
 def _encoder() -> dict[str, Any]:

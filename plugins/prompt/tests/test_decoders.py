@@ -44,6 +44,7 @@ from inlay.errors import StateError
 from inlay.testing.effects import gradients_of, output
 from inlay.testing.models import batch_for
 from inlay.testing.neighbours import KitLowRank
+from inlay.testing.tools import shake
 from inlay_prompt import PromptTuning
 
 OPT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "vocab_size": 64,
@@ -294,10 +295,19 @@ def test_a_prompt_of_all_positions_is_refused() -> None:
     assert "64 of 64" in str(refused.value)
 
 
-def test_another_change_of_the_positions_is_refused() -> None:
+def test_the_table_of_positions_may_learn_too() -> None:
+    """What it gives beside a prompt is what a model with those values in it gives."""
     model = MODELS["gpt2"]()
-    before = dict(model.named_modules())
-    with pytest.raises(inlay.InlayError, match="need the model's own table of positions") as refused:
-        inlay.attach(model, PromptTuning(length=3), train=("wpe",))
-    assert "another part changes transformer.wpe" in str(refused.value)
-    assert dict(model.named_modules()) == before
+    inlay.attach(model, PromptTuning(length=3), "a", train=("wpe",))
+    inlay.attach(model, PromptTuning(length=5), "b", activate=False)
+    shake(model)
+    adapted = output(model, padded([3, 5]))
+    with inlay.route(model, ["a", "b"]):
+        routed = output(model, padded([3, 5]))
+    with inlay.use(model, "b"):
+        other = output(model, padded([3, 5]))
+    torch.testing.assert_close(routed, torch.stack([adapted[0], other[1]]), **CLOSE)
+    inlay.set_trainable(model)
+    inlay.detach(model, "b")
+    inlay.merge(model, ["a/trained"])
+    torch.testing.assert_close(output(model, padded([3, 5])), adapted, **CLOSE)
