@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.anatomy.sequence import accepts
 from inlay.attention import widened_mask
 from inlay.context import At, Call, Slot, take_first
 from inlay.delta import Delta
 from inlay.errors import StateError
 from inlay.ports import Entered
 from inlay.programs import Overlay, shadow_of
-from inlay.sequence import accepts
 from inlay.sites import SequenceSite
 
 Base = Callable[..., Any]

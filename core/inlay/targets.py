@@ -7,9 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from inlay import sequence
-from inlay.anatomy import ROLES, Anatomy
-from inlay.corrections import matches
+from inlay.anatomy import ROLES, Anatomy, sequence
+from inlay.anatomy.corrections import matches
 from inlay.errors import TargetError, near, shown
 from inlay.method import Method
 from inlay.sites import ModuleSite, Site

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import inlay
 from inlay.anatomy import Anatomy
-from inlay.corrections import GROUP
+from inlay.anatomy.corrections import GROUP
 from inlay.errors import ConfigError, RegistryError, TargetError
 from inlay.testing.tools import distance, shake
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import inlay
-from inlay import sequence
-from inlay.anatomy import Anatomy
+from inlay.anatomy import Anatomy, sequence
 from inlay_prompt import PromptTuning
 
 pytestmark = pytest.mark.slow

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from inlay.blocks import Block
-from inlay.kinds import layer_kind
-from inlay.roles import DIMS, heads_of, of
+from inlay.anatomy.blocks import Block
+from inlay.anatomy.kinds import layer_kind
+from inlay.anatomy.roles import DIMS, heads_of, of
 from inlay.sites import AttentionSite, ModuleSite, SublayerSite, Tap
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from inlay.sites import AttentionSite, SequenceSite
 
 if TYPE_CHECKING:
     from inlay.anatomy import Anatomy
-    from inlay.blocks import Block
+    from inlay.anatomy.blocks import Block
 
 
 class Unfit(Exception):  # noqa: N818 - no error: an answer

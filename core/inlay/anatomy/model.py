@@ -1,8 +1,4 @@
-"""Anatomy: which module of a model plays which role, read off the module tree.
-
-Only this file and `sites/` look into foreign models. Blocks are the repeated elements that hold
-attention modules; roles inside come from a short table of the names model authors use.
-"""
+"""The roles of a model, read off its module tree: blocks, the layers inside, sublayers, the rest."""
 
 from __future__ import annotations
 
@@ -12,16 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from inlay.blocks import Block, find_blocks
-from inlay.corrections import KEPT, Role, parts_of, remember, told
+from inlay.anatomy.blocks import Block, find_blocks
+from inlay.anatomy.corrections import KEPT, Role, parts_of, remember, told
+from inlay.anatomy.kinds import layer_kind, shape_of
+from inlay.anatomy.roles import ATTENTION, FEED_FORWARD, FUSED, alias, fused_parts, gated_parts, is_attention
+from inlay.anatomy.sublayers import Sublayers, attention_sites
 from inlay.errors import ConfigError
 from inlay.experts import expert_sites, holds_experts
 from inlay.hosts import Deltas
-from inlay.kinds import layer_kind, shape_of
 from inlay.multihead import multihead_sites
-from inlay.roles import ATTENTION, FEED_FORWARD, FUSED, alias, fused_parts, gated_parts, is_attention
 from inlay.sites import BlockSite, ModuleSite, SequenceSite, Slice
-from inlay.sublayers import Sublayers, attention_sites
 
 OUTSIDE_BLOCKS = {"norm": "norm", "conv": "embedding", "linear": "pooler"}  # the convolution embeds patches
 HEADS = ("head", "classifier", "lm_head", "fc", "score")  # of models that are none of transformers
@@ -63,7 +59,7 @@ class Anatomy:
         return type(self.model).__name__
 
     def __str__(self) -> str:
-        from inlay.tree import drawn
+        from inlay.anatomy.tree import drawn
 
         return drawn(self)
 
@@ -114,7 +110,7 @@ class Anatomy:
 
     def sequence_sites(self) -> list[SequenceSite]:
         """The stacks of blocks that virtual tokens can enter."""
-        from inlay import sequence
+        from inlay.anatomy import sequence
 
         return sequence.find(self)[0]
 
