@@ -208,14 +208,11 @@ def test_a_paged_cache_is_refused_where_columns_would_enter_it() -> None:
         assert attention(module, heads, heads[:, :2], heads[:, :2], None)[0].shape == (1, 3, 4, 8)
 
 
-def test_a_block_mask_is_refused() -> None:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    mask = create_block_mask(lambda b, h, q, k: q >= k, 1, 1, 128, 128, device="cpu")
-    heads = torch.randn(1, 4, 128, 8)
+def test_a_mask_of_an_unknown_kind_is_refused() -> None:
+    heads = torch.randn(1, 4, 8, 8)
     columns = [KeyValues(heads[:, :, :2], heads[:, :, :2])]
-    with refused(StateError, r"this kind of attention mask cannot be widened for extra keys[\s\S]*BlockMask"):
-        widened(nn.Module(), heads, heads, mask, columns, {})
+    with refused(StateError, r"this kind of attention mask cannot be widened for extra keys[\s\S]*a str"):
+        widened(nn.Module(), heads, heads, "causal", columns, {})
 
 
 class Beside(OutputDelta):

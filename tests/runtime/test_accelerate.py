@@ -22,7 +22,7 @@ pytest.importorskip("transformers")
 from accelerate.hooks import remove_hook_from_module  # noqa: E402
 
 MERGING = "lora(rank=4) + ia3()"
-REST = "prefix_tuning(length=3, hidden=16) + serial_adapter(rank=8) + dora(rank=2, targets=['output'])"
+REST = "prefix_tuning(length=3, hidden=16) + serial_adapter(rank=8) + dora(rank=2, targets=['both.output'])"
 STACK = f"{MERGING} + {REST}"
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
 CPU = torch.device("cpu")

@@ -26,7 +26,7 @@ STACKS = {
     "lora-prefix": f"{LORA} + {PREFIX}",
     "prefix-ia3-serial": f"{PREFIX} + {IA3} + {SERIAL}",
     "two-prefixes": f"{PREFIX} + {PREFIX}.named('second')",
-    "all": f"{LORA} + {IA3} + {SERIAL} + {PREFIX} + dora(rank=2, targets=['output'])",
+    "all": f"{LORA} + {IA3} + {SERIAL} + {PREFIX} + dora(rank=2, targets=['both.output'])",
 }
 CHANGES: dict[str, dict[str, Any]] = {"llama": {"attention_bias": True, "mlp_bias": True}}
 FAMILIES = ("llama", "gpt2", "t5", "mistral")

@@ -143,7 +143,8 @@ def fused_parts(leaf: str, attention: nn.Module, rows: int, width: int) -> Parts
 
     Slices that do not make up the layer's rows are no finding.
     """
-    layout = OTHERWISE.get((leaf, type(attention).__module__.split(".")[-2]), FUSED.get(leaf))
+    package = type(attention).__module__.rpartition(".")[0].rpartition(".")[2]
+    layout = OTHERWISE.get((leaf, package), FUSED.get(leaf))
     parts = [] if layout is None else layout(attention, rows, width)
     return parts if sum(part.size for _, part in parts) == rows else []
 
