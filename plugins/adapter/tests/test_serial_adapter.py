@@ -314,7 +314,7 @@ def test_refuses_a_residual_that_is_not_found() -> None:
 def test_says_where_a_residual_is_not_known_in_time() -> None:
     """BART adds the residual before a norm that looks, in the module tree, like a pre-norm model's."""
     model = bart()
-    inlay.attach(model, SerialAdapter("pfeiffer", targets=["attention"]))
+    inlay.attach(model, SerialAdapter("pfeiffer", targets=["both.attention"]))
     with pytest.raises(AttachError, match=r"layers\.0\.attention: its norm runs after the residual"):
         output(model, {"input_ids": torch.tensor([[5, 6, 7]])})
 

@@ -117,7 +117,7 @@ def test_each_side_of_an_encoder_decoder_has_its_own_mask() -> None:
     batch["attention_mask"] = torch.ones(6, 7)
     batch["attention_mask"][:, 4:] = 0
     batch["labels"][:, 5:] = -100
-    deltas = eva(model, [batch], rank=3, rho=1.0, targets=["query", "value"])
+    deltas = eva(model, [batch], rank=3, rho=1.0, targets=["both.query", "both.value"])
     masks = {"source": batch["attention_mask"].bool(), "target": batch["labels"] != -100}
     for path, mask in {
         "encoder.block.1.layer.0.SelfAttention.q": "source",
