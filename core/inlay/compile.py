@@ -268,12 +268,13 @@ def _prepares(
         found.update({p.id: p.prepare for p in plan.placed if p.method.prepares})
     for plan in plans if prompts else ():
         for name, entries in plan.sequences.items():
-            found[plan.stack, name] = partial(_rows, state, entries, plan.stack)
+            table = state.table_for((plan.stack,), prompts=False)  # now: a traced call compiles nothing
+            found[plan.stack, name] = partial(_rows, state, entries, table)
     return list(found.items())
 
 
-def _rows(state: State, entries: Sequence[Entry], stack: tuple[int, ...], call: Call) -> Any:
-    alone = Call(state.table_for((stack,), prompts=False), state.slot, tasks=call.tasks)
+def _rows(state: State, entries: Sequence[Entry], table: Table, call: Call) -> Any:
+    alone = Call(table, state.slot, tasks=call.tasks)
     members = [(delta, At(site, state.slot, placed, None)) for placed, site, delta in entries]
     site = entries[0][1]
     assert isinstance(site, SequenceSite)

@@ -92,7 +92,7 @@ def run_rows(
     all of it, at positions −p … −1 if these are rotary, else 0 … p−1; returned are the keys and values
     they leave (what they leave depends on nothing but them). Elsewhere: what the first block reads.
     """
-    rows = torch.cat([delta(at) for delta, at in members])[None].to(site.reference)
+    rows = torch.cat([delta(at) for delta, at in members])[None].to(site.dtype)
     if site.entry is None:
         return {"rows": rows}
     alone.model, alone.recording, alone.prepared = call.model, {}, call.prepared

@@ -49,11 +49,15 @@ def environment(folder: Path, wheels: Wheels, *packages: Path) -> Path:
 
 
 def link_others(source: Path, python: Path) -> None:
-    """Link every installed package that is not ours into the venv of `python`."""
+    """Link every installed package that is not ours into the venv of `python`.
+
+    Nor quantisers: transformers imports them where they are installed, and their import warns.
+    """
     where = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
     target = Path(output(python, "-c", where).strip())
     for entry in source.iterdir():
-        if "inlay" not in entry.name and entry.suffix != ".pth" and not (target / entry.name).exists():
+        ours = "inlay" in entry.name or entry.name.startswith(("torchao", "hqq"))
+        if not ours and entry.suffix != ".pth" and not (target / entry.name).exists():
             (target / entry.name).symlink_to(entry)
 
 

@@ -72,7 +72,7 @@ def stacked(base: Path, tmp_path: Path) -> Path:
 def test_inspect_says_what_is_saved(stacked: Path) -> None:
     text = run("inspect", stacked)
     saved = json.loads(run("inspect", stacked, "--json"))
-    style, prefix, head = saved["parts"]
+    head, style, prefix = saved["parts"]
     assert (style["name"], style["method"], style["settings"]["rank"]) == ("style", "lora", 2)
     assert prefix["needs"][0]["package"] == "inlay-prefix"
     assert prefix["needs"][0]["installed"] == inlay.methods()["prefix_tuning"].version
@@ -231,7 +231,7 @@ def test_a_merged_folder_loads_without_inlay_and_does_what_the_adapted_model_doe
 ) -> None:
     model = save(base, tmp_path / "a", "lora(rank=2, targets=['linear']) + ia3")
     text = run("merge", tmp_path / "a", "--model", base, "--output", tmp_path / "new" / "merged")
-    assert "lora + ia3 + trained folded in at" in text
+    assert "trained + lora + ia3 folded in at" in text
     assert (tmp_path / "new" / "merged" / "tokenizer.json").read_text() == "{}"
     ids = batch_for(model)["input_ids"]
     torch.save(ids, tmp_path / "ids")
@@ -245,7 +245,7 @@ def test_a_merged_folder_loads_without_inlay_and_does_what_the_adapted_model_doe
 def test_merge_reports_as_json_and_fills_an_empty_folder(lora: Path, base: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     report = json.loads(run("merge", lora, "--model", base, "--output", tmp_path / "out", "--json"))
-    assert report["parts"] == ["lora", "trained"]
+    assert report["parts"] == ["trained", "lora"]
     assert report["sites"] == 2 * 6 + 1
     assert 0 < report["worst_error"] < 1e-3
     assert (tmp_path / "out" / "config.json").exists()

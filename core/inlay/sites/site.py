@@ -264,6 +264,11 @@ class SequenceSite(Site):
         return self.embedding or self.attentions[0].module
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that rows enter in: asked at each call, so read off one tensor."""
+        return next(self.like.parameters()).dtype
+
+    @property
     def in_features(self) -> int:
         return self.features
 

@@ -27,7 +27,9 @@ class TestPromptTuning(MethodConformance):
 class TestPTuning(MethodConformance):
     method = PTuning
     configurations = st.builds(
-        PTuning, length=LENGTHS, encoder=st.sampled_from(["lstm", "mlp"]), hidden=st.sampled_from([None, 5])
+        PTuning, length=LENGTHS, encoder=st.just("mlp"), hidden=st.sampled_from([None, 5])
+    ) | st.builds(  # of one row alone an LSTM's own state is 0, and what multiplies it does not learn
+        PTuning, length=st.integers(2, 4), encoder=st.just("lstm"), hidden=st.sampled_from([None, 5])
     )
     by_layer = False
 
