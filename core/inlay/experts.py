@@ -7,7 +7,7 @@ layout its class declares to transformers; without any, its own implementation r
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from inlay.context import Slot
 from inlay.errors import RoutingError
-from inlay.programs import Member, Onion, Program, Routed, needs_overlay
+from inlay.hosts import own_class
+from inlay.programs import Member, Onion, Program, Routed, levels_of, split
 from inlay.sites import ModuleSite, Site, Slice
-from inlay.weights import Level
 
 DECLARED = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 
@@ -51,14 +51,9 @@ class Product(Onion):
     """One expert's product with one of its matrices, with the members there around it."""
 
     def __init__(self, members: Sequence[Member], slot: Slot) -> None:
-        last = max((i for i, m in enumerate(members) if needs_overlay(m)), default=-1)
-        super().__init__(members[last + 1 :], slot)
-        below = {m.at.site.name: m.at.site for m in members[: last + 1]}
-        self.levels = [
-            Level(site, [m.delta for m in members[: last + 1] if m.at.site.name == site.name])
-            for site in below.values()
-            if isinstance(site, ModuleSite)
-        ]
+        folded, above = split(members)
+        super().__init__(above, slot)
+        self.levels = levels_of(folded)
 
     def over(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         """Return the product of x (tokens, in) with weight (out, in) and bias, changed by the members."""
@@ -123,23 +118,25 @@ class Experts(Program):
 class RoutedExperts(Routed):
     """Tokens of a batch's rows under different programs of one layer of experts."""
 
+    def __init__(self, programs: Sequence[Program | None], slot: Slot, site: Site) -> None:
+        super().__init__(programs, slot, site)
+        self.names = argument_names(site.module)
+
     def __call__(self, module: nn.Module, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = arguments(argument_names(module), args, kwargs)
+        given = arguments(self.names, args, kwargs)
         call, owners = self.slot.call, owners_of(self.slot, self.site, given[0])
         assert call is not None
         assert call.batch is not None
         assert owners is not None
         stacks = call.index(call.expanded_rows(call.batch, self.site.name), owners.device)[owners]
-        out: Tensor | None = None
+        out = torch.zeros_like(given[0])
         for stack, program in enumerate(self.programs):
             tokens = (stacks == stack).nonzero()[:, 0]
             if not len(tokens):
                 continue
             mine = tuple(t[tokens] for t in given)
             run = partial(base, *mine) if program is None else partial(program, module, base, mine, {})
-            part = self.on_rows(owners[tokens], run)
-            out = given[0].new_zeros(given[0].shape) if out is None else out
-            out = out.index_copy(0, tokens, part)
+            out = out.index_copy(0, tokens, self.on_rows(owners[tokens], run))
         return out
 
 
@@ -160,8 +157,7 @@ def owners_of(slot: Slot, site: Site, x: Tensor) -> Tensor | None:
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
     """Return what the layer's forward calls its tokens, their experts and the experts' weights."""
-    forward: Callable[..., Any] = getattr(type(module), "_inlay_base", type(module)).forward
-    return tuple(inspect.signature(forward).parameters)[1:4]
+    return tuple(inspect.signature(own_class(module).forward).parameters)[1:4]
 
 
 def arguments(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:

@@ -135,10 +135,7 @@ class Overlay(Onion):
 
     def __init__(self, folded: Sequence[Member], above: Sequence[Member], slot: Slot) -> None:
         super().__init__(above, slot)
-        self.levels: list[Level] = []
-        for site in {m.at.site.name: m.at.site for m in folded}.values():
-            assert isinstance(site, ModuleSite)
-            self.levels.append(Level(site, [m.delta for m in folded if m.at.site.name == site.name]))
+        self.levels = levels_of(folded)
         names = {n for level in self.levels for n in (level.site.weight_name, level.site.bias_name)}
         kind: Any = self.levels[0].site.module._inlay_base
         while any(isinstance(vars(kind).get(name), property) for name in names if name):
@@ -292,12 +289,27 @@ def program_of(members: Sequence[Member], slot: Slot) -> Onion | None:
     """Return the program of one module's members: an onion, with an overlay up to the last that needs it."""
     if not members:
         return None
-    last = max((i for i, m in enumerate(members) if needs_overlay(m)), default=-1)
-    if last >= 0:
-        return Overlay(members[: last + 1], members[last + 1 :], slot)
+    folded, above = split(members)
+    if folded:
+        return Overlay(folded, above, slot)
     site = members[0].at.site
     kept = isinstance(site, SublayerSite) and site.x.module is not site.module
     return Onion(members, slot, reads=f"{site.name}/x" if kept else None)
+
+
+def split(members: Sequence[Member]) -> tuple[Sequence[Member], Sequence[Member]]:
+    """Return the members up to the last that needs changed tensors, and those above it."""
+    last = max((i for i, m in enumerate(members) if needs_overlay(m)), default=-1)
+    return members[: last + 1], members[last + 1 :]
+
+
+def levels_of(folded: Sequence[Member]) -> list[Level]:
+    """Return the level of each site that folded members act on."""
+    levels: list[Level] = []
+    for site in {m.at.site.name: m.at.site for m in folded}.values():
+        assert isinstance(site, ModuleSite)
+        levels.append(Level(site, [m.delta for m in folded if m.at.site.name == site.name]))
+    return levels
 
 
 def by_weight(site: Site) -> bool:

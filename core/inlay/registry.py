@@ -23,6 +23,7 @@ from inlay import hookspecs
 from inlay.contract import HOOKS, check_observer, marked_in, miswritten, wrong_answer
 from inlay.errors import RegistryError, near, shown
 from inlay.method import Method
+from inlay.packages import state_of_path
 from inlay.settings import from_plain
 
 GROUP, OBSERVERS = "inlay.methods", "inlay.observers"
@@ -56,7 +57,7 @@ class Registry:
 
     def origins(self) -> dict[str, list[Origin]]:
         """Return what is offered under each name, from metadata alone; read again when packages change."""
-        stamp = (os.environ.get("INLAY_LOAD_PLUGINS"), *((p, _changed(p)) for p in sys.path))
+        stamp = (os.environ.get("INLAY_LOAD_PLUGINS"), *state_of_path())
         if stamp != self._stamp:
             self._offers, self._stamp = self._read_origins(), stamp
         return self._offers
@@ -301,14 +302,6 @@ def _origin(entry: EntryPoint) -> Origin:
 
 def _several(offers: Iterable[Origin]) -> str:
     return " and ".join(f"{o.distribution} {o.version} ({o.value})" for o in offers)
-
-
-def _changed(path: str) -> int:
-    """Return when a folder of packages last changed; 0 if it is none."""
-    try:
-        return os.stat(path or ".").st_mtime_ns
-    except OSError:
-        return 0
 
 
 def _canonical(distribution: str) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from importlib.metadata import entry_points
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from torch import nn
 
 from inlay.errors import ConfigError, RegistryError, near, shown
+from inlay.packages import state_of_path
 from inlay.sites import Slice
 
 Role = str | Mapping[str, int]  # a role, or those of consecutive slices of outputs and their sizes
@@ -34,7 +36,7 @@ def told(model: nn.Module, names: list[str]) -> dict[str, Role]:
 def described(model: nn.Module) -> dict[str, Role]:
     """Return what installed packages say about the model's type: entry points in `inlay.architectures`."""
     kind = getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__
-    offers = list({(e.value, e.name): e for e in entry_points(group=GROUP, name=kind)}.values())
+    offers = _offered(kind, state_of_path())
     if len(offers) > 1:
         raise RegistryError(
             f"the architecture {kind!r} is described more than once",
@@ -42,6 +44,12 @@ def described(model: nn.Module) -> dict[str, Role]:
             do="uninstall one of these packages",
         )
     return checked(offers[0].load(), offers[0].value) if offers else {}
+
+
+@lru_cache(maxsize=8)
+def _offered(kind: str, path: Any) -> list[EntryPoint]:
+    """Return the descriptions that packages offer for a type, read once while `path` stays as it is."""
+    return list({(e.value, e.name): e for e in entry_points(group=GROUP, name=kind)}.values())
 
 
 def checked(roles: Any, source: str) -> dict[str, Role]:

@@ -32,3 +32,12 @@ def shape_of(module: nn.Module, kind: str) -> tuple[int, int]:
         weight: Any = module.weight
         return int(weight.shape[1]), int(weight.shape[0])
     return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+
+
+def token_embedding(model: Any) -> nn.Embedding | None:
+    """Return the table of tokens a transformers model says it reads, if it has one."""
+    try:
+        found = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Embedding) else None

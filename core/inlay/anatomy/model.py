@@ -10,7 +10,7 @@ from torch import nn
 
 from inlay.anatomy.blocks import Block, find_blocks
 from inlay.anatomy.corrections import KEPT, Role, parts_of, remember, told
-from inlay.anatomy.kinds import layer_kind, shape_of
+from inlay.anatomy.kinds import layer_kind, shape_of, token_embedding
 from inlay.anatomy.roles import ATTENTION, FEED_FORWARD, FUSED, alias, fused_parts, gated_parts, is_attention
 from inlay.anatomy.sublayers import Sublayers, attention_sites
 from inlay.errors import ConfigError
@@ -228,16 +228,9 @@ class Anatomy:
         output = None if getter is None else getter()
         return found + ([output] if output is not None and output not in found else [])
 
-    def _embedding(self) -> nn.Module | None:
-        try:
-            found = self.model.get_input_embeddings()  # type: ignore[operator]
-        except (AttributeError, NotImplementedError):
-            return None
-        return found if isinstance(found, nn.Embedding) else None
-
     def _called_embeddings(self) -> list[nn.Module]:
         """Return the token embeddings that run. T5 keeps one beside its two stacks', tied, uncalled."""
-        embedding = self._embedding()
+        embedding = token_embedding(self.model)
         if embedding is None:
             return []
         others = [m for m in self.modules.values() if isinstance(m, nn.Embedding) and m is not embedding]

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from inlay.anatomy.kinds import token_embedding
+from inlay.hosts import own_class
 from inlay.sites import AttentionSite, SequenceSite
 
 if TYPE_CHECKING:
@@ -47,13 +49,13 @@ def by_default(anatomy: Anatomy) -> list[SequenceSite]:
     """Return the sites that stand for the model's text, or for its patches if it reads no tokens."""
     sites = find(anatomy)[0]
     text = [site for site in sites if site.embedding is not None or site.reader is not None]
-    return text if text or _token_embedding(anatomy.model) is not None else sites
+    return text if text or token_embedding(anatomy.model) is not None else sites
 
 
 def _site(anatomy: Anatomy, path: str, blocks: list[Block], readers: list[str]) -> SequenceSite:
     stack, inner = anatomy.modules[path], _inner(anatomy, path)
     attentions = _attentions(anatomy, stack, blocks, inner)
-    embedding = _token_embedding(inner)
+    embedding = token_embedding(inner)
     causal = _is_causal(anatomy.model, attentions, reads=embedding is not None)
     table: nn.Module | None = None if embedding is None else _position_table(anatomy, stack, inner)
     rotary, relative = _named(inner, "rotary", "rope"), _named(inner, "relative")
@@ -130,14 +132,6 @@ def _is_causal(model: Any, attentions: list[AttentionSite], *, reads: bool) -> b
     return causal.pop()
 
 
-def _token_embedding(inner: Any) -> nn.Embedding | None:
-    try:
-        found = inner.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    return found if isinstance(found, nn.Embedding) else None
-
-
 def _position_table(anatomy: Anatomy, stack: nn.Module, inner: Any) -> nn.Embedding | None:
     """Return the table of learned (or computed) positions beside the blocks, if there is just one."""
     inside = {id(m) for m in stack.modules()}
@@ -205,5 +199,5 @@ def _reader(anatomy: Anatomy, inner: nn.Module, blocks: list[Block], readers: li
 
 def accepts(module: nn.Module, argument: str) -> bool:
     """Whether a module's own forward has an argument of that name."""
-    kind = getattr(type(module), "_inlay_base", type(module))  # a host's own forward takes anything
+    kind = own_class(module)  # a host's own forward takes anything
     return argument in inspect.signature(kind.forward).parameters

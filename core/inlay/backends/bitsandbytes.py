@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.backends import Backend
+from inlay.hosts import own_class
 
 bnb: Any = bitsandbytes
 
@@ -45,8 +46,8 @@ class Bitsandbytes(Backend):
 
     def _packed(self, module: Any) -> Tensor:
         """Read a rearranged weight as only the layer itself can: what it makes of the unit vectors."""
-        base = getattr(type(module), "_inlay_base", type(module))
-        shadow = object.__new__(base)
+        base = own_class(module)
+        shadow: Any = object.__new__(base)
         shadow.__dict__ = {**module.__dict__, "_parameters": {**module._parameters, "bias": None}}
         eye = torch.eye(module.in_features, dtype=module.compute_dtype or torch.float32)
         with torch.no_grad():
