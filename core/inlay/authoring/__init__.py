@@ -3,6 +3,7 @@
 from inlay.adapter import Adapter, Init
 from inlay.authoring.batches import calls, gradients, own_loss, rows
 from inlay.authoring.composite import Composite
+from inlay.authoring.linear import LinearDelta
 from inlay.authoring.trained import OwnValues, Shift, Trained
 from inlay.context import At, Call
 from inlay.delta import (
@@ -32,7 +33,8 @@ register = registry.register
 __all__ = [
     "Adapter", "At", "AttentionDelta", "AttentionSite", "BlockSite", "Call", "CannotMerge", "Change",
     "Compact", "Composite", "ConfigError", "Delta", "Factored", "Group", "Init", "InputDelta", "KeyValues",
-    "Method", "ModuleSite", "OutputDelta", "OwnValues", "Ref", "RoutingError", "SequenceDelta",
-    "SequenceSite", "Shift", "Site", "Stage", "Strategy", "SublayerSite", "TargetError", "Trained",
-    "WeightDelta", "Weights", "calls", "gradients", "hookimpl", "own_loss", "register", "rows", "setting",
+    "LinearDelta", "Method", "ModuleSite", "OutputDelta", "OwnValues", "Ref", "RoutingError",
+    "SequenceDelta", "SequenceSite", "Shift", "Site", "Stage", "Strategy", "SublayerSite", "TargetError",
+    "Trained", "WeightDelta", "Weights", "calls", "gradients", "hookimpl", "own_loss", "register", "rows",
+    "setting",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from inlay.authoring import Adapter, Init, Method, OutputDelta, Site, hookimpl, setting
+from inlay.authoring import Adapter, Init, LinearDelta, Method, Site, hookimpl, setting
 from inlay_lora.start import DOWN, Start
 
 
@@ -70,7 +70,7 @@ class LowRankMethod(Method):
         return len(sites)
 
 
-class LowRank(OutputDelta):
+class LowRank(LinearDelta):
     """The factors `down` = A (r, in), or (r, *inner), and `up` = B (out, r) of a layer; B starts at 0."""
 
     def __init__(
@@ -82,10 +82,6 @@ class LowRank(OutputDelta):
         self.down = init.normal(*shape, std=1 / method.rank) if gaussian else init.kaiming_uniform(*shape)
         self.up = init.zeros(site.out_features, method.rank)
         self.scale, self.rate = method.scale, method.dropout
-
-    def dropped(self, x: Tensor) -> Tensor:
-        """Return x (*, in) after this adapter's own dropout; x itself where there is none."""
-        return F.dropout(x, self.rate) if self.rate and self.training else x
 
     def effect(self, x: Tensor) -> Tensor:
         """Return s·(x Aᵀ) Bᵀ (*, out) of x (*, in), in x's dtype; B A is never formed."""

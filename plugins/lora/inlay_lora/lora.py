@@ -13,18 +13,6 @@ from inlay.authoring import At, Init, ModuleSite, OutputDelta, Site
 from inlay_lora.factors import LowRank, LowRankMethod
 
 
-class LowRankLinear(LowRank):
-    """Δy = s·(drop(x) Aᵀ) Bᵀ: a function of x alone, so it commutes with its like."""
-
-    def forward(self, x: Tensor, y: Tensor, at: At) -> Tensor:
-        """Return Δy (*, out) of x (*, in)."""
-        return self.effect(self.dropped(x))
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return (W + s B A, b)."""
-        return weight + self.product(weight), bias
-
-
 class LowRankEmbedding(OutputDelta):
     """Δe(t) = s·A[:, t] Bᵀ: `down` = A (r, V) starts at 0, `up` = B (d, r) as N(0, 1).
 
@@ -105,4 +93,4 @@ class LoRA(LowRankMethod):
         if site.kind == "conv":
             assert isinstance(site, ModuleSite)
             return LowRankConv(site, init, self)
-        return LowRankLinear(site, init, self)
+        return LowRank(site, init, self)

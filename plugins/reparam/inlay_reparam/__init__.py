@@ -1,0 +1,1 @@
+"""Reparameterisations of weights beyond LoRA, for inlay."""
