@@ -1,19 +1,25 @@
-"""Combining adapters of one shape into a new one, by their tensors."""
+"""Combining adapters into a new one: by what they do to the weights, or tensor by tensor."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from inlay.adapter import Adapter
 from inlay.attach import place, start
+from inlay.authoring.dense import Dense
+from inlay.authoring.trained import Shift
+from inlay.differences import Difference, differences
 from inlay.errors import ConfigError, shown
+from inlay.lowrank import low_rank
 from inlay.plan import build_adapter
 from inlay.registry import registry
 from inlay.stack import Placed, State
+
+Rule = Callable[[Tensor, Tensor, float, torch.Generator], Tensor]
 
 
 def combine(
@@ -22,22 +28,48 @@ def combine(
     *,
     name: str,
     how: str = "linear",
+    rank: int | None = None,
+    density: float = 0.2,
+    seed: int = 0,
     activate: bool = False,
     trainable: bool = False,
 ) -> None:
-    """Attach a new adapter `name` whose every tensor is made from those of the adapters in `weights`.
+    """Attach a new adapter `name` made of the adapters in `weights`, which may be of different methods.
 
-    `how="linear"`: θ = Σ wᵢ θᵢ. `how="ties"`: per tensor, keep each adapter's largest fifth, elect
-    the sign of the weighted sum, average what agrees with it (arXiv 2306.01708). The adapters must
-    be of the same stack; one adapter with weight 1 gives itself back exactly.
+    Combined is what they do to the weights, ΔWᵢ, so scalings and options play no part:
+
+    - "linear": Σ wᵢ ΔWᵢ. "cat": the same, as a LoRA of as many ranks as that takes; "svd": as the
+      best LoRA of `rank`.
+    - "magnitude": Σ wᵢ of the `density` largest share of each ΔWᵢ. "dare": of a random share, times
+      1 / density, drawn from `seed` (arXiv 2311.03099).
+    - "ties": of the largest share, only what agrees with the sign of the weighted sum, as a weighted
+      mean (arXiv 2306.01708); "dare_ties" of a random share.
+    - "tensors": Σ wᵢ θᵢ of the adapters' own tensors, for adapters of one stack; the only way for
+      methods without a weight form.
+
+    Except for "cat", "svd" and "tensors" the result holds full-size differences (`dense`), or with
+    `rank` their best LoRA. One adapter with weight 1 gives itself back, exactly, by "linear", "cat"
+    and "tensors". Density and signs are taken per tensor.
     """
     state = start(model, name, "combine")
-    rule = RULES.get(how)
-    if rule is None or not isinstance(weights, Mapping) or not weights:
+    _check(weights, how, rank, density)
+    sources = {n: state.find(n) for n in weights}
+    values = list(weights.values())
+    if how == "tensors" or (how in ("linear", "cat") and values == [1.0] and rank is None):
+        built = _by_tensors(state, name, sources, values)
+    else:
+        found = _by_weights(sources, values, how, density, seed)
+        lower = how in ("cat", "svd") or rank is not None
+        built = [low_rank(state, name, found, rank)[0] if lower else _dense(state, name, found)]
+    place(state, built, activate=activate, trainable=trainable)
+
+
+def _check(weights: Mapping[str, float], how: str, rank: int | None, density: float) -> None:
+    if how not in (*RULES, "tensors") or not isinstance(weights, Mapping) or not weights:
         raise ConfigError(
             "this is no way to combine",
             saw=f"how={how!r}, weights={shown(weights)}",
-            do=f"how in {sorted(RULES)}",
+            do=f"how in {sorted((*RULES, 'tensors'))}",
         )
     for source, weight in weights.items():
         if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not math.isfinite(weight):
@@ -46,13 +78,126 @@ def combine(
                 saw=f"{source!r}: {shown(weight)}",
                 do="give a finite number",
             )
-    sources = {n: state.find(n) for n in weights}
+    if not isinstance(density, (int, float)) or not 0 < density <= 1:
+        raise ConfigError(
+            "this is no share of the entries",
+            saw=f"density={shown(density)}",
+            do="give one above 0 and at most 1",
+        )
+    fits = rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and rank > 0)
+    if not fits or (how == "tensors" and rank is not None) or (how == "svd" and rank is None):
+        raise ConfigError(
+            f"{how!r} cannot have this rank",
+            saw=f"rank={shown(rank)}",
+            do='give a positive integer ("svd" needs one, "tensors" has none)',
+        )
+
+
+# -- by what they do to the weights ------------------------------------------------------------------
+
+
+def _by_weights(
+    sources: Mapping[str, list[Placed]], weights: list[float], how: str, density: float, seed: int
+) -> list[Difference]:
+    """Return the combined difference at each site that any of the adapters changes."""
+    found = [differences(parts) for parts in sources.values()]
+    sites = {name: d.site for each in found for name, d in each.items()}
+    factors = torch.tensor(weights, dtype=torch.float64)
+    combined = []
+    for number, (name, site) in enumerate(sites.items()):
+        generator = torch.Generator().manual_seed(seed + number)
+        here = [each.get(name) for each in found]
+
+        def joined(
+            which: str, here: list[Difference | None] = here, g: torch.Generator = generator
+        ) -> Tensor | None:
+            tensors = [None if d is None else getattr(d, which) for d in here]
+            like = next((t for t in tensors if t is not None), None)
+            if like is None:
+                return None
+            stacked = torch.stack([torch.zeros_like(like) if t is None else t for t in tensors])
+            return RULES[how](stacked, factors.to(stacked.device), density, g)
+
+        weight = joined("weight")
+        assert weight is not None
+        combined.append(Difference(site, weight, joined("bias")))
+    return combined
+
+
+def _dense(state: State, name: str, found: Sequence[Difference]) -> Placed:
+    """Return full-size differences as an adapter's only part."""
+    anew = any(d.bias is not None and not d.site.has_bias for d in found)
+    method = Dense(targets=tuple(d.site.name for d in found), new_biases=anew)
+    adapter = build_adapter(state.model, method, tuple(d.site for d in found), path=f"{name}/{method.id}")
+    with torch.no_grad():
+        for difference, (_, delta) in zip(found, adapter.placed, strict=True):
+            assert isinstance(delta, Shift)
+            assert delta.weight is not None
+            delta.weight.copy_(difference.weight)
+            if difference.bias is not None:
+                assert delta.bias is not None
+                delta.bias.copy_(difference.bias)
+    return Placed(state.next_id, name, method.id, method, adapter)
+
+
+def _linear(stacked: Tensor, weights: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    return torch.einsum("n...,n->...", stacked, weights)
+
+
+def _magnitude(stacked: Tensor, weights: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    return _linear(_largest(stacked, density), weights, density, generator)
+
+
+def _dare(stacked: Tensor, weights: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    return _linear(_dropped(stacked, density, generator), weights, density, generator)
+
+
+def _ties(stacked: Tensor, weights: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    return _elected(_largest(stacked, density), weights)
+
+
+def _dare_ties(stacked: Tensor, weights: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    return _elected(_dropped(stacked, density, generator), weights)
+
+
+def _largest(stacked: Tensor, density: float) -> Tensor:
+    """Return each of the stacked tensors (n, ...) with all but the largest share of its entries at 0."""
+    flat = stacked.flatten(1)
+    keep = max(1, round(density * flat.shape[1]))
+    threshold = flat.abs().kthvalue(flat.shape[1] - keep + 1, dim=1, keepdim=True).values
+    return torch.where(flat.abs() >= threshold, flat, torch.zeros_like(flat)).view_as(stacked)
+
+
+def _dropped(stacked: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """Return the stacked tensors with a random share of their entries times 1 / share, the others at 0."""
+    kept = torch.rand(stacked.shape, generator=generator) < density
+    return stacked * kept.to(stacked.device) / density
+
+
+def _elected(stacked: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted mean of the entries whose sign is that of the weighted sum."""
+    shares = weights.view(-1, *(1,) * (stacked.dim() - 1))
+    votes = stacked * shares
+    agree = (votes.sign() == votes.sum(0).sign()) & (votes != 0)
+    return (votes * agree).sum(0) / (agree * shares).sum(0).abs().clamp(min=1e-12)
+
+
+RULES: dict[str, Rule] = {
+    "linear": _linear, "cat": _linear, "svd": _linear, "magnitude": _magnitude, "dare": _dare,
+    "ties": _ties, "dare_ties": _dare_ties,
+}  # fmt: skip
+
+# -- tensor by tensor ---------------------------------------------------------------------------------
+
+
+def _by_tensors(
+    state: State, name: str, sources: Mapping[str, list[Placed]], weights: list[float]
+) -> list[Placed]:
     _check_alike(sources)
-    built = []
-    for number, like in enumerate(next(iter(sources.values()))):
-        parts = [placed[number] for placed in sources.values()]
-        built.append(_combined(state, name, like, number, parts, list(weights.values()), rule))
-    place(state, built, activate=activate, trainable=trainable)
+    return [
+        _summed(state, name, number, parts, weights)
+        for number, parts in enumerate(zip(*sources.values(), strict=True))
+    ]
 
 
 def _check_alike(sources: Mapping[str, list[Placed]]) -> None:
@@ -65,14 +210,14 @@ def _check_alike(sources: Mapping[str, list[Placed]]) -> None:
             raise ConfigError(
                 "only adapters of one stack can be combined tensor by tensor",
                 saw=f"{first_name!r} and {other!r} differ in methods, settings or sites",
-                do="train them from the same stack, or use both: inlay.use(model, first, second)",
+                do='combine what they do to the weights: how="linear"; or use both: inlay.use(...)',
             )
         for one, two in zip(sources[first_name], sources[other], strict=True):
             if not _measured_alike(one.adapter, two.adapter):
                 raise ConfigError(
                     "adapters of different calibration cannot be combined tensor by tensor",
                     saw=f"{one.path!r} and {two.path!r} chose other entries, ranks or values",
-                    do="use both: inlay.use(model, first, second)",
+                    do='combine what they do to the weights: how="linear"; or use both: inlay.use(...)',
                 )
 
 
@@ -86,15 +231,8 @@ def _measured_alike(one: Adapter, two: Adapter) -> bool:
     )
 
 
-def _combined(
-    state: State,
-    name: str,
-    like: Placed,
-    number: int,
-    parts: list[Placed],
-    weights: list[float],
-    rule: Callable[[Tensor, Tensor], Tensor],
-) -> Placed:
+def _summed(state: State, name: str, number: int, parts: Sequence[Placed], weights: list[float]) -> Placed:
+    like = parts[0]
     adapter = build_adapter(
         state.model, like.method, like.adapter.sites, seed=like.adapter.seed, data=like.adapter.data,
         calibration=like.adapter.calibration, find=state.adapter_of,
@@ -104,27 +242,9 @@ def _combined(
     factors = torch.tensor(weights, dtype=torch.float32)
     with torch.no_grad():
         for key, tensor in target.items():
-            if (len(sources) == 1 and weights == [1.0]) or not tensor.is_floating_point():
+            if weights == [1.0] or not tensor.is_floating_point():
                 tensor.copy_(sources[0][key])
                 continue
             stacked = torch.stack([s[key].float() for s in sources])
-            tensor.copy_(rule(stacked, factors.to(stacked.device)))
+            tensor.copy_(torch.einsum("n...,n->...", stacked, factors.to(stacked.device)))
     return Placed(state.next_id + number, name, like.part_name, like.method, adapter)
-
-
-def _linear(stacked: Tensor, weights: Tensor) -> Tensor:
-    return torch.einsum("n...,n->...", stacked, weights)
-
-
-def _ties(stacked: Tensor, weights: Tensor, density: float = 0.2) -> Tensor:
-    flat = stacked.flatten(1)
-    keep = max(1, round(density * flat.shape[1]))
-    threshold = flat.abs().kthvalue(flat.shape[1] - keep + 1, dim=1, keepdim=True).values
-    trimmed = torch.where(flat.abs() >= threshold, flat, torch.zeros_like(flat)) * weights[:, None]
-    sign = trimmed.sum(0).sign()
-    agree = (trimmed.sign() == sign) & (trimmed != 0)
-    share = (agree * weights[:, None]).sum(0).clamp(min=1e-12)
-    return ((trimmed * agree).sum(0) / share).view(stacked.shape[1:])
-
-
-RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"linear": _linear, "ties": _ties}

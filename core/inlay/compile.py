@@ -192,7 +192,7 @@ def check_readable(level: Level, delta: Delta, placed: Placed) -> None:
 def check_weight_form(delta: Delta, site: Site, placed: Placed, below: Sequence[Entry]) -> None:
     """Raise unless every member below `delta` has a weight form to build its level from."""
     for other, other_site, under in below:
-        if other_site.name != site.name and not _apart(other_site, site):
+        if other_site.name != site.name and not apart(other_site, site):
             raise AttachError(
                 f"{placed.path!r} needs the weight below it, which {other.path!r} changes as part of another",
                 saw=f"{site.name} and {other_site.name} overlap in one fused projection",
@@ -281,7 +281,7 @@ def _rows(state: State, entries: Sequence[Entry], table: Table, call: Call) -> A
     return run_rows(call, alone, site, members)
 
 
-def _apart(a: Site, b: Site) -> bool:
+def apart(a: Site, b: Site) -> bool:
     """Whether two sites on one module are different tensors or slices of it (these never overlap partly)."""
     if not (isinstance(a, ModuleSite) and isinstance(b, ModuleSite)):
         return False

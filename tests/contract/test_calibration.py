@@ -343,11 +343,11 @@ def test_adapters_of_different_calibration_are_not_combined() -> None:
     inlay.attach(model, Measured(), "fr", data=data())
     inlay.attach(model, Measured(), "de", data=data())
     inlay.attach(model, Measured(), "it", data=data(1))
-    inlay.combine(model, {"fr": 1.0, "de": 1.0}, name="mix")
+    inlay.combine(model, {"fr": 1.0, "de": 1.0}, name="mix", how="tensors")
     with refused(
         ConfigError, r"adapters of different calibration cannot be combined[\s\S]*'it/", model=model
     ):
-        inlay.combine(model, {"fr": 1.0, "it": 1.0}, name="mixed")
+        inlay.combine(model, {"fr": 1.0, "it": 1.0}, name="mixed", how="tensors")
 
 
 def test_the_flag_and_the_hook_go_together() -> None:

@@ -34,13 +34,18 @@ class OwnValues(WeightDelta):
 
 
 class Shift(WeightDelta):
-    """Differences added to a site's weight and/or bias, zero at the start: W' = W + δ, b' = b + δ_b."""
+    """Differences added to a site's weight and/or bias, zero at the start: W' = W + δ, b' = b + δ_b.
 
-    def __init__(self, site: ModuleSite, init: Init, *, weight: bool = True, bias: bool = True) -> None:
+    Of a bias only where there is one, or, if `anew`, everywhere.
+    """
+
+    def __init__(
+        self, site: ModuleSite, init: Init, *, weight: bool = True, bias: bool = True, anew: bool = False
+    ) -> None:
         super().__init__()
         shape, bias_shape = shapes(site)
         self.weight = init.zeros(*shape) if weight else None
-        self.bias = init.zeros(*bias_shape) if bias and site.has_bias else None
+        self.bias = init.zeros(*bias_shape) if bias and (site.has_bias or anew) else None
 
     def forward(self, level: Weights) -> Change:
         return Change(self.weight, self.bias)

@@ -267,12 +267,12 @@ def test_adapters_of_one_choice_combine_and_others_do_not() -> None:
     for name in ("fr", "de"):
         inlay.attach(model, METHOD, name=name, data=data)
     shake(model)
-    inlay.combine(model, {"fr": 0.5, "de": 0.5}, name="mix", activate=True)
+    inlay.combine(model, {"fr": 0.5, "de": 0.5}, name="mix", how="tensors", activate=True)
     one, two, mix = (deltas_of(model, n)["bert.pooler.dense"].weight.values for n in ("fr", "de", "mix"))
     torch.testing.assert_close(mix, (one + two) / 2)
     inlay.attach(model, METHOD, name="it", data=[batch_for(model, seed=9, labels=True)])
     with refused(ConfigError, "adapters of different calibration cannot be combined", model=model):
-        inlay.combine(model, {"fr": 0.5, "it": 0.5}, name="mixed")
+        inlay.combine(model, {"fr": 0.5, "it": 0.5}, name="mixed", how="tensors")
 
 
 def test_it_learns() -> None:
