@@ -1,10 +1,15 @@
-"""The kit's own small methods keep every rule: one class for each face of the contract."""
+"""The kit's own small methods keep every rule: one class for each face; and so do core's own."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
+from hypothesis import strategies as st
+
+from inlay.authoring.dense import Dense
+from inlay.authoring.trained import shapes
 from inlay.testing import Joined, MethodConformance
 from inlay.testing import neighbours as kit
 
@@ -24,6 +29,12 @@ def held(joined: Joined) -> type[MethodConformance]:
     return type(f"Test{joined.kind.__name__}", (MethodConformance,), declared)
 
 
+DENSE = Joined(
+    Dense, st.builds(Dense), merges=True, targets=(None, ("query", "norm"), ("embedding",)), by_layer=False,
+    families=("llama", "bert"),
+    parameters=lambda _, sites: sum(math.prod(s) for site in sites for s in shapes(site)[: 1 + site.has_bias]),
+)  # fmt: skip
+
 TestLowRank = held(kit.LOW_RANK)
 TestGain = held(kit.GAIN)
 TestBend = held(kit.BEND)
@@ -33,3 +44,4 @@ TestColumns = held(kit.COLUMNS)
 TestRows = held(kit.ROWS)
 TestHead = held(kit.HEAD)
 TestOwn = held(kit.OWN)
+TestDense = held(DENSE)

@@ -1,4 +1,8 @@
-"""The rules about what a stack does, over all ordered pairs of the methods that our packages offer."""
+"""The rules about what a stack does, over ordered pairs of the methods that our packages offer.
+
+All pairs in the long profile; by default each method below one other, another one for each rule, and once
+below itself: n² pairs of dozens of methods take hours.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +42,9 @@ def pair(draw: st.DrawFn, inner: Joined, outer: Joined, rule: Rule, turn: int) -
 @pytest.mark.parametrize("inner", METHODS, ids=repr)
 @pytest.mark.parametrize("rule", PAIRED, ids=lambda rule: rule.number)
 def test_every_pair(rule: Rule, inner: Joined) -> None:
-    """`inner` below each method, itself included."""
+    """`inner` below itself and others."""
     start = METHODS.index(inner) * len(METHODS) + PAIRED.index(rule)
-    strategies = [pair(inner, outer, rule, start + i) for i, outer in enumerate(METHODS)]
+    strategies = [pair(inner, outer, rule, start + i) for i, outer in above(inner, rule)]
     seen = []
 
     @settings(profile(), max_examples=1 if NAME == "default" else 5)
@@ -52,7 +56,17 @@ def test_every_pair(rule: Rule, inner: Joined) -> None:
                 rule(case)
 
     check()
-    assert len(seen) > len(METHODS) // 3
+    assert NAME == "default" or len(seen) > len(METHODS) // 3  # a rule may not concern the one pair
+
+
+def above(inner: Joined, rule: Rule) -> list[tuple[int, Joined]]:
+    """Return the methods to put above one, with their places among all."""
+    numbered = list(enumerate(METHODS))
+    if NAME != "default":
+        return numbered
+    own, turn = METHODS.index(inner), PAIRED.index(rule)
+    other = numbered[(own + 1 + turn * len(METHODS) // len(PAIRED)) % len(METHODS)]
+    return [other, numbered[own]] if turn == own % len(PAIRED) else [other]
 
 
 def test_every_method_is_held_to_the_rules() -> None:

@@ -10,9 +10,9 @@ NAME = os.environ.get("INLAY_HYPOTHESIS", "default")
 PHASES = [Phase.explicit, Phase.generate, Phase.shrink]
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
-settings.register_profile("inlay-default", max_examples=4, deadline=None, derandomize=True, database=None,
+settings.register_profile("inlay-default", max_examples=2, deadline=None, derandomize=True, database=None,
                           phases=PHASES, suppress_health_check=QUIET)  # fmt: skip
-settings.register_profile("inlay-quick", settings.get_profile("inlay-default"), max_examples=2)
+settings.register_profile("inlay-quick", settings.get_profile("inlay-default"))  # what `inlay check` runs
 settings.register_profile("inlay-long", max_examples=30, deadline=None, database=None, print_blob=True,
                           phases=PHASES, suppress_health_check=QUIET)  # fmt: skip
 
