@@ -32,7 +32,7 @@ def held(joined: Joined) -> type[MethodConformance]:
 DENSE = Joined(
     Dense, st.builds(Dense), merges=True, targets=(None, ("query", "norm"), ("embedding",)), by_layer=False,
     families=("llama", "bert"),
-    parameters=lambda _, sites: sum(math.prod(s) for site in sites for s in shapes(site)[: 1 + site.has_bias]),
+    parameters=lambda _, sites: sum(math.prod(s) for x in sites for s in shapes(x)[: 1 + x.has_bias]),
 )  # fmt: skip
 
 TestLowRank = held(kit.LOW_RANK)
