@@ -175,13 +175,15 @@ class Init:
 
     Values are drawn on the CPU in float32, so that one seed gives the same weights on any device
     and in any order of creation. On meta sites nothing is drawn, unless values from a file are to be
-    `filled` in: these need not wait for the base's.
+    `filled` in: these need not wait for the base's. `later` says that the values will come from
+    elsewhere, or cannot be known yet, so that there is no point in computing any.
     """
 
     def __init__(self, seed: str, reference: Tensor, *, meta: bool = False, filled: bool = False) -> None:
         self.dtype = reference.dtype if reference.is_floating_point() else torch.float32
         there = torch.device("cpu") if filled and reference.is_meta else reference.device
         self.device = torch.device("meta") if meta else there
+        self.later = filled or meta or reference.is_meta
         digest = hashlib.sha256(seed.encode()).digest()
         self._seed = int.from_bytes(digest[:7], "little")
         self._generator: torch.Generator | None = None

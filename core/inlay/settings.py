@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, NoReturn, Self, Union, get_args, get_origin
 
 from inlay.errors import ConfigError, near, shown
 
@@ -28,6 +28,22 @@ def setting(
     """Declare a hyperparameter with its default and range (`least <= v <= most`, `above < v < below`)."""
     bounds = {"least": least, "most": most, "above": above, "below": below}
     return dataclasses.field(default=default, metadata={k: v for k, v in bounds.items() if v is not None})
+
+
+class FrozenDict(dict[str, Any]):
+    """A mapping in a setting: a dict that cannot change, and so can be hashed. As JSON it is an object."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> Any:
+        return FrozenDict, (dict(self),)
+
+    def _unchanging(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError("settings do not change: make another configuration (dataclasses.replace)")
+
+    __setitem__ = __delitem__ = __ior__ = _unchanging  # type: ignore[assignment]
+    update = setdefault = pop = popitem = clear = _unchanging  # type: ignore[assignment]
 
 
 class Configured:
@@ -65,7 +81,7 @@ class Strategy(Configured):
 
 
 def check_setting(owner: type, field: dataclasses.Field[Any], value: Any) -> Any:
-    """Return `value` (lists as tuples) if it fits the field's annotation and range, else raise."""
+    """Return `value`, made unchangeable, if it fits the field's annotation and range, else raise."""
     if field.name == "layers" and isinstance(value, (int, range)) and not isinstance(value, bool):
         value = (value,) if isinstance(value, int) else tuple(value)
     value = frozen(value)
@@ -81,7 +97,9 @@ def check_setting(owner: type, field: dataclasses.Field[Any], value: Any) -> Any
 
 
 def frozen(value: Any) -> Any:
-    """Return lists as tuples, so that a configuration can be hashed and compared."""
+    """Return lists as tuples, dicts as `FrozenDict`: a configuration can be hashed and compared."""
+    if isinstance(value, dict):
+        return FrozenDict({key: frozen(v) for key, v in value.items()})
     return tuple(frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
@@ -98,7 +116,9 @@ def fits(value: Any, hint: Any) -> bool:
         inner = arguments[0] if arguments else Any
         return isinstance(value, tuple) and all(fits(v, inner) for v in value)
     if origin is dict:
-        return isinstance(value, dict) and all(fits(v, arguments[1]) for v in value.values())
+        return isinstance(value, dict) and all(
+            isinstance(k, str) and fits(v, arguments[1]) for k, v in value.items()
+        )
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:

@@ -169,7 +169,7 @@ def test_a_broken_plugin_stops_only_its_own_checkpoints(
         ({"rank": {"a": 1}}, "wrong type"),
         ({"targets": "0"}, "wrong type"),
         ({"rank": 1, "\x1b[31m": 1}, r"no setting '\\x1b\[31m'"),
-        ({"init": "\x1b]0;title\x07"}, r"init='\\x1b\]0;title\\x07'"),
+        ({"bias": "\x1b]0;title\x07"}, r"bias='\\x1b\]0;title\\x07'"),
     ],
 )
 def test_settings_are_checked_as_a_users_are(settings: Any, match: str, folder: Path) -> None:

@@ -169,7 +169,7 @@ def measured(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
 def test_it_sees_the_bare_model_in_evaluation_mode_and_leaves_no_trace() -> None:
     plain_model, model = build("llama"), build("llama", attention_dropout=0.5)
     inlay.attach(plain_model, Measured(), data=data())
-    inlay.attach(model, "lora(init='gaussian', targets=['linear'])", "before")
+    inlay.attach(model, "lora(start=gaussian(), targets=['linear'])", "before")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

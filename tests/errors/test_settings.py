@@ -144,8 +144,8 @@ def test_an_integer_that_cannot_be_written_out_is_refused() -> None:
 
 
 def test_a_choice_lists_the_choices() -> None:
-    with refused(ConfigError, r"LoRA: init has the wrong type[\s\S]*do:  give one of '\w+', '\w+'"):
-        LoRA(init="zeros")
+    with refused(ConfigError, r"LoRA: bias has the wrong type[\s\S]*do:  give one of '\w+', '\w+'"):
+        LoRA(bias="zeros")
 
 
 def test_a_setting_that_is_needed_and_missing_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from inlay.adapter import Adapter, Init
 from inlay.authoring.batches import calls, gradients, own_loss, rows
+from inlay.authoring.bysite import by_site
 from inlay.authoring.composite import Composite
 from inlay.authoring.linear import LinearDelta
 from inlay.authoring.trained import OwnValues, Shift, Trained
@@ -27,6 +28,7 @@ from inlay.registry import registry
 from inlay.settings import Strategy, setting
 from inlay.sites import AttentionSite, BlockSite, ModuleSite, SequenceSite, Site, SublayerSite
 from inlay.training import Group, Stage
+from inlay.weights import read
 
 register = registry.register
 
@@ -35,6 +37,6 @@ __all__ = [
     "Compact", "Composite", "ConfigError", "Delta", "Factored", "Group", "Init", "InputDelta", "KeyValues",
     "LinearDelta", "Method", "ModuleSite", "OutputDelta", "OwnValues", "Ref", "RoutingError",
     "SequenceDelta", "SequenceSite", "Shift", "Site", "Stage", "Strategy", "SublayerSite", "TargetError",
-    "Trained", "WeightDelta", "Weights", "calls", "gradients", "hookimpl", "own_loss", "register", "rows",
-    "setting",
+    "Trained", "WeightDelta", "Weights", "by_site", "calls", "gradients", "hookimpl", "own_loss", "read",
+    "register", "rows", "setting",
 ]  # fmt: skip

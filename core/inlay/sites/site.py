@@ -102,6 +102,11 @@ class ModuleSite(Site):
         return self.layer_kind in ("linear", "conv1d")
 
     @property
+    def quantised(self) -> bool:
+        """Whether the layer keeps its weight in few bits."""
+        return backend_of(self.module) is not None
+
+    @property
     def has_bias(self) -> bool:
         return self.bias_name is not None and self.tensor(self.bias_name) is not None
 

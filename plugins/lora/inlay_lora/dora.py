@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from inlay.authoring import Adapter, At, Group, Init, Site, hookimpl
 from inlay_lora.factors import LowRank, LowRankMethod
+from inlay_lora.start import Layer
 
 
 class Decomposed(LowRank):
@@ -24,6 +25,10 @@ class Decomposed(LowRank):
     def __init__(self, site: Site, init: Init, method: LowRankMethod) -> None:
         super().__init__(site, init, method)
         self.magnitude = init.zeros(site.out_features)
+        if not (method.starts_as_identity or init.later):
+            weight = Layer(site, method.r, method.scale).weight()
+            grown = weight + self.product(weight)
+            self.magnitude = init.tensor(grown.norm(dim=1) - weight.norm(dim=1))
 
     def forward(self, x: Tensor, y: Tensor, at: At) -> Tensor:
         """Return Δy (*, out) of x (*, in) and y (*, out)."""
@@ -35,7 +40,8 @@ class Decomposed(LowRank):
         else:
             plain = y if bias is None else y - bias.to(y.dtype)
         c = self.factor(weight.detach(), squares)
-        return (c - 1).to(y.dtype) * plain + c.to(y.dtype) * self.effect(dropped)
+        change = (c - 1).to(y.dtype) * plain + c.to(y.dtype) * self.effect(dropped)
+        return self.completed(change, x, dropped, at)
 
     def factor(self, weight: Tensor, squares: Tensor) -> Tensor:
         """Return c (out,) for W (out, in) and Σⱼ Wᵢⱼ² (out,); no gradient flows into the norms.
@@ -43,7 +49,7 @@ class Decomposed(LowRank):
         ‖W + s B A‖² = Σ W² + 2s Σ B∘(W Aᵀ) + s² Σ (B A Aᵀ)∘B over each row, without forming B A.
         """
         with torch.no_grad():
-            down, up = self.down.to(weight.dtype), self.up.to(weight.dtype)
+            down, up = self.pair(weight.dtype)
             change = 2 * F.linear(weight, down) + self.scale * (up @ (down @ down.T))
             squared = squares + self.scale * (up * change).sum(1)
             norm = squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()
@@ -55,7 +61,7 @@ class Decomposed(LowRank):
         direction = weight + self.product(weight)
         magnitude = weight.norm(dim=1) + self.magnitude.to(weight.dtype)
         norm = direction.norm(dim=1).clamp(min=torch.finfo(weight.dtype).tiny)
-        return (magnitude / norm)[:, None] * direction, bias
+        return (magnitude / norm)[:, None] * direction, self.folded(bias, weight)
 
 
 @dataclass(frozen=True)
@@ -64,9 +70,9 @@ class DoRA(LowRankMethod):
 
         W' = m / ‖V‖ · V,   V = W + s B A,   ‖·‖ of each row of (out, in)
 
-    A (r, in) Kaiming-uniform or Gaussian, B (out, r) = 0, s as LoRA's, m (out,) = ‖W‖: starts at
-    the base model up to rounding. Gradients do not flow into ‖V‖ (the paper's section 4.3). The
-    bias is not scaled. W is the level below, so a second DoRA decomposes what the first gives.
+    A (r, in) Kaiming-uniform, B (out, r) = 0 unless `start` says otherwise, s as LoRA's, m (out,) =
+    ‖W‖: starts at the base model up to rounding. Gradients do not flow into ‖V‖ (the paper's section
+    4.3). The bias is not scaled. W is the level below, so a second DoRA decomposes what the first gives.
 
     Parameters: r·(in + out) + out. arXiv 2402.09353, NVlabs/DoRA. Differs: m is kept as its
     difference from ‖W‖, which bfloat16 can follow in small steps and which any level below leaves

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from inlay.authoring import ConfigError, ModuleSite, Site, calls, setting
+from inlay.authoring import ConfigError, calls, setting
 from inlay_lora.inputs import Inputs
 from inlay_lora.pca import NOTHING, IncrementalPCA
-from inlay_lora.start import DOWN, Start
+from inlay_lora.start import DOWN, Layer, Start
 
 PASSES = 10  # over the data, at most
 
@@ -33,40 +33,56 @@ class EVA(Start):
     """
 
     id: ClassVar[str] = "eva"
+    calibrates: ClassVar[bool] = True
 
     rho: float = setting(2.0, least=1)
     tau: float = setting(0.99, above=0, most=1)
     whiten: bool = setting(False)
     label_mask: bool = setting(True)
 
-    def measure(
-        self, rank: int, model: nn.Module, sites: Sequence[Site], batches: Iterable[Any]
-    ) -> dict[str, Tensor]:
-        layers = [s for s in sites if isinstance(s, ModuleSite) and s.is_linear and s.called]
-        if not layers:
+    def measure(self, layers: Sequence[Layer], model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
+        linear = {x.name: x for x in layers if x.linear and x.site.called}  # type: ignore[attr-defined]
+        if not linear:
             raise ConfigError(
                 "eva: no target is a linear layer",
                 saw="embeddings alone",
                 do="target layers too, or drop start",
             )
-        inputs = Inputs(layers, max(rank, round(self.rho * rank)), label_mask=self.label_mask)
+        keep = max(self._most(layer) for layer in linear.values())
+        inputs = Inputs(
+            [layer.site for layer in linear.values()],
+            lambda site: IncrementalPCA(min(keep, site.in_features)),
+            start=self.id, label_mask=self.label_mask,
+        )  # fmt: skip
         with inputs.watching():
-            ranks = self._once(rank, model, inputs, batches)
-            _check(rank, inputs)
+            ranks = self._once(linear, model, inputs, batches)
+            _check(linear, inputs)
             for _ in range(PASSES - 1):
                 if inputs.waiting:
-                    ranks = self._once(rank, model, inputs, batches)
-        return {f"{name}{DOWN}": self.first(inputs.pcas[name], r) for name, r in ranks.items()}
+                    ranks = self._once(linear, model, inputs, batches)
+        return {f"{name}.{DOWN}": self.first(inputs.found[name], r) for name, r in ranks.items()}
 
-    def _once(self, rank: int, model: nn.Module, inputs: Inputs, batches: Iterable[Any]) -> dict[str, int]:
+    def _most(self, layer: Layer) -> int:
+        """Return the most directions that a layer may get."""
+        return max(layer.rank, min(round(self.rho * layer.rank), *layer.size))
+
+    def _once(
+        self,
+        layers: Mapping[str, Layer],
+        model: nn.Module,
+        inputs: Inputs[IncrementalPCA],
+        batches: Iterable[Any],
+    ) -> dict[str, int]:
         """Go through the data until all directions in use stay; return each layer's rank so far."""
         ranks: dict[str, int] = {}
+        budget = sum(layer.rank for layer in layers.values())
         for call in calls(model, batches):
             inputs.run(model, call)
-            ranks = shared_out({n: pca.explained for n, pca in inputs.pcas.items()}, rank * len(inputs.sites))
-            settled = {name: inputs.pcas[name].settled(self.tau) for name in ranks}
+            shares = {n: pca.explained[: self._most(layers[n])] for n, pca in inputs.found.items()}
+            ranks = shared_out(shares, budget)
+            settled = {name: inputs.found[name].settled(self.tau) for name in ranks}
             inputs.waiting = {name for name, r in ranks.items() if not bool(settled[name][:r].all())}
-            if len(ranks) == len(inputs.sites) and not inputs.waiting:
+            if len(ranks) == len(layers) and not inputs.waiting:
                 break
         return ranks
 
@@ -78,20 +94,15 @@ class EVA(Start):
         return rows
 
 
-def _check(rank: int, inputs: Inputs) -> None:
-    """Raise unless each layer has read enough to find `rank` directions in."""
-    if unread := [site.name for site in inputs.sites if site.name not in inputs.pcas]:
-        raise ConfigError(
-            "eva: a layer read nothing in all the data",
-            saw=f"{unread[0]} and {len(unread) - 1} more were not called",
-            do="leave it out of the targets, or give data for which the model calls it",
-        )
-    for site in inputs.sites:
-        tokens = inputs.pcas[site.name].rows
-        if rank > site.in_features or rank >= tokens:
+def _check(layers: Mapping[str, Layer], inputs: Inputs[IncrementalPCA]) -> None:
+    """Raise unless each layer has read enough to find as many directions as its rank in."""
+    inputs.check_all_read()
+    for name, layer in layers.items():
+        tokens, width = inputs.found[name].rows, layer.site.in_features
+        if layer.rank > width or layer.rank >= tokens:
             raise ConfigError(
                 "eva: too little is read to find as many directions as the rank",
-                saw=f"{site.name}: {tokens} tokens of {site.in_features} features, rank {rank}",
+                saw=f"{name}: {tokens} tokens of {width} features, rank {layer.rank}",
                 do="give more data (check masks and labels), or take a smaller rank",
             )
 

@@ -1,32 +1,42 @@
-"""What layers read: the principal directions of their inputs, gathered while the model runs."""
+"""What layers read, gathered while the model runs: one statistic for layers that read the same."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from inlay.authoring import ConfigError, Site
-from inlay_lora.pca import IncrementalPCA
 
 UNLABELLED = -100
 
 
-class Inputs:
-    """An `IncrementalPCA` of what each layer reads, by the site's name; one for layers that read the same.
+class Statistic(Protocol):
+    """What becomes of the rows (m, in) that a layer reads, batch by batch."""
+
+    def update(self, rows: Tensor) -> None: ...
+
+
+Kind = TypeVar("Kind", bound=Statistic)
+
+
+class Inputs(Generic[Kind]):
+    """A statistic of what each layer reads, by the site's name; `make` begins one, `start` names who asks.
 
     Padding is left out, and with `label_mask` tokens without a label. While `waiting` is given, only
     those layers' inputs are taken in.
     """
 
-    def __init__(self, sites: Sequence[Site], keep: int, *, label_mask: bool) -> None:
-        self.sites, self.keep, self.label_mask = sites, keep, label_mask
-        self.pcas: dict[str, IncrementalPCA] = {}
+    def __init__(
+        self, sites: Sequence[Site], make: Callable[[Site], Kind], *, start: str, label_mask: bool
+    ) -> None:
+        self.sites, self.make, self.start, self.label_mask = sites, make, start, label_mask
+        self.found: dict[str, Kind] = {}
         self.waiting: set[str] | None = None
         self._call: Mapping[str, Any] = {}
         self._read = WeakTensorKeyDictionary()  # in this call: a tensor's first reader
@@ -52,27 +62,36 @@ class Inputs:
         with torch.no_grad():
             model(**call)
 
+    def check_all_read(self) -> None:
+        """Raise if a layer has read nothing."""
+        if unread := [site.name for site in self.sites if site.name not in self.found]:
+            raise ConfigError(
+                f"{self.start}: a layer read nothing in all the data",
+                saw=f"{unread[0]} and {len(unread) - 1} more were not called",
+                do="leave it out of the targets, or give data for which the model calls it",
+            )
+
     def _take(self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         reader = self._read.get(x, site.name)
         self._read[x] = reader
         first = self._first.setdefault(site.name, self._first.get(reader, reader))
         if first != site.name:
-            self.pcas[site.name] = self.pcas[first]
+            self.found[site.name] = self.found[first]
             return
-        pca = self.pcas.setdefault(site.name, IncrementalPCA(min(self.keep, site.in_features)))
+        statistic = self.found.setdefault(site.name, self.make(site))
         if self.waiting is None or any(self._first[name] == first for name in self.waiting):
-            self._learn(site, pca, self._tokens(site, x))
+            self._learn(site, statistic, self._tokens(site, x))
 
-    def _learn(self, site: Site, pca: IncrementalPCA, tokens: Tensor) -> None:
+    def _learn(self, site: Site, statistic: Kind, tokens: Tensor) -> None:
         if not bool(tokens.isfinite().all()):
             raise ConfigError(
-                "eva: a layer reads values that are not finite",
+                f"{self.start}: a layer reads values that are not finite",
                 saw=f"{site.name}: {int((~tokens.isfinite()).sum())} of {tokens.numel()}",
                 do="look for NaN or huge values in the batches and in the model",
             )
         if len(tokens):
-            pca.update(tokens)
+            statistic.update(tokens)
 
     def _tokens(self, site: Site, x: Tensor) -> Tensor:
         """Return the rows (m, in) of x (..., in) that count."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from inlay.authoring import At, Init, ModuleSite, OutputDelta, Site
-from inlay_lora.factors import LowRank, LowRankMethod
+from inlay.authoring import At, ConfigError, Init, ModuleSite, OutputDelta, Site
+from inlay_lora.factors import LowRank, LowRankMethod, check_rank
+from inlay_lora.start import Layer
 
 
 class LowRankEmbedding(OutputDelta):
@@ -21,8 +22,9 @@ class LowRankEmbedding(OutputDelta):
 
     def __init__(self, site: ModuleSite, init: Init, method: LowRankMethod) -> None:
         super().__init__()
-        self.down = init.zeros(method.rank, site.in_features)
-        self.up = init.normal(site.out_features, method.rank)
+        _check_table(site, method)
+        self.down = init.zeros(method.r, site.in_features)
+        self.up = init.normal(site.out_features, method.r)
         self.scale, self.output_scale = method.scale, site.output_scale
         self.padding: int | None = site.module.padding_idx  # type: ignore[assignment]
 
@@ -36,6 +38,24 @@ class LowRankEmbedding(OutputDelta):
         return weight + self.scale * (self.up.to(weight.dtype) @ self.down.to(weight.dtype)).T, bias
 
 
+def _check_table(site: ModuleSite, method: LowRankMethod) -> None:
+    """Raise unless the method's settings mean something for an embedding's table."""
+    check_rank(method.id, Layer(site, method.r, method.scale))
+    start = method.start
+    if start.kept or not start.starts_as_identity:
+        raise ConfigError(
+            f"{start.id}: this start is for layers, not for embeddings",
+            saw=f"{site.name}, a table of {site.in_features} rows",
+            do="leave it out of the targets, or choose another start",
+        )
+    if method.bias == "own":
+        raise ConfigError(
+            f"{method.id}: an embedding takes no bias",
+            saw=f'{site.name} among the targets, bias="own"',
+            do="leave it out of the targets, or the bias out",
+        )
+
+
 class LowRankConv(LowRank):
     """Δy = s·B * (A * drop(x)): the kernel A (r, in/groups, *k) runs as the layer's does, B as one of size 1.
 
@@ -44,20 +64,17 @@ class LowRankConv(LowRank):
 
     def __init__(self, site: ModuleSite, init: Init, method: LowRankMethod) -> None:
         weight: Any = site.module.weight
-        super().__init__(site, init, method, inner=tuple(weight.shape[1:]))
+        super().__init__(site, init, method, row=tuple(weight.shape[1:]))
 
-    def forward(self, x: Tensor, y: Tensor, at: At) -> Tensor:
-        """Return Δy (B, out, …) of x (B, in, …)."""
+    def run(self, x: Tensor, down: Tensor, up: Tensor, at: At | None = None) -> Tensor:
+        """Return s·B * (A * x) (B, out, …) of x (B, in, …)."""
+        assert at is not None
         conv: Any = at.site.module
-        down = torch.cat([self.down.to(x.dtype)] * conv.groups)
-        inner = conv._conv_forward(self.dropped(x), down, None) * self.scale
-        up = self.up.to(x.dtype).view(*self.up.shape, *(1,) * (x.dim() - 2))
-        return CONVOLVE[x.dim() - 3](inner, up, groups=conv.groups)
+        inner = conv._conv_forward(x, torch.cat([down] * conv.groups), None) * self.scale
+        return CONVOLVE[x.dim() - 3](inner, up.view(*up.shape, *(1,) * (x.dim() - 2)), groups=conv.groups)
 
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return (W + s B A, b), the kernels as rows."""
-        change = self.up.to(weight.dtype) @ self.down.to(weight.dtype).flatten(1)
-        return weight + self.scale * change.view_as(weight), bias
+    def spread(self, bias: Tensor) -> Tensor:
+        return bias.view(-1, *(1,) * (self.down.dim() - 2))
 
 
 CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
@@ -70,14 +87,14 @@ class LoRA(LowRankMethod):
         y = x Wᵀ + b + s·(drop(x) Aᵀ) Bᵀ,   A (r, in), B (out, r)
 
     s = alpha / rank; with scaling="rsqrt" alpha / √rank (rsLoRA, arXiv 2312.03732). Linear layers
-    and Conv1D: A Kaiming-uniform (a=√5), or N(0, 1/r²) with init="gaussian"; B = 0. A role that is a
+    and Conv1D: A Kaiming-uniform (a=√5), B = 0, unless `start` says otherwise. A role that is a
     slice of a fused projection has factors of its own. Embeddings: e(t) + s·A[:, t] Bᵀ with
     A (r, V) = 0 and B (d, r) ~ N(0, 1), no dropout, the padding row untouched. Convolutions:
     A (r, in/groups, *kernel) runs in the layer's own stride and padding, B (out, r) after it.
 
     Parameters: r·(in + out) per layer; r·(V + d) per embedding; r·(in/groups·|kernel| + out) per
-    convolution. arXiv 2106.09685, microsoft/LoRA and huggingface/peft. Left out: a bias in B.
-    Parameters are of the base's dtype (peft: float32).
+    convolution; with bias="own" out more per layer, with "layer" out where it has a bias. arXiv
+    2106.09685, microsoft/LoRA and huggingface/peft. Parameters are of the base's dtype (peft: float32).
     """
 
     id: ClassVar[str] = "lora"

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from inlay.authoring import Site
 from inlay.testing import MethodConformance
-from inlay_lora import EVA, DoRA, LoRA
+from inlay_lora import EVA, DoRA, Gaussian, Kaiming, LoRA, OLoRA, Orthogonal, PiSSA
 
 SETTINGS = {
     "rank": st.integers(1, 4),
     "alpha": st.sampled_from([1.0, 8.0]),
     "dropout": st.sampled_from([0.0, 0.1]),
     "scaling": st.sampled_from(["standard", "rsqrt"]),
-    "init": st.sampled_from(["kaiming", "gaussian"]),
+    "start": st.sampled_from([Kaiming(), Gaussian()]),
 }
 
 
@@ -41,14 +41,30 @@ class TestLoRAOnEmbeddings(TestLoRA):
 
 
 EQUAL = st.builds(EVA, rho=st.just(1.0), tau=st.sampled_from([0.9, 0.99]), whiten=st.booleans())
+KEPT = st.sampled_from([PiSSA(), PiSSA(niter=2), OLoRA()])
 SHARED_OUT = st.builds(EVA, rho=st.sampled_from([1.5, 2.0]))
 
 
 class TestLoRAFromEVA(TestLoRA):
     """Σ r_l = L·r: on layers of one size, as many parameters as without it, and as a dry run says."""
 
-    configurations = st.builds(LoRA, **SETTINGS, start=EQUAL | SHARED_OUT)
+    configurations = st.builds(LoRA, **SETTINGS | {"start": EQUAL | SHARED_OUT})
     targets = (("query",), ("up",))
+
+
+class TestLoRAFromItsWeight(TestLoRA):
+    """The start is kept beside the factors: the change is exactly zero at first."""
+
+    configurations = st.builds(LoRA, **SETTINGS | {"start": KEPT})
+    targets = (None, ("linear",))
+
+
+class TestLoRAOrthogonal(TestLoRA):
+    configurations = st.builds(
+        LoRA, **SETTINGS | {"rank": st.sampled_from([2, 4]), "start": st.just(Orthogonal())}
+    )
+    targets = (None,)
+    start_tolerance = 1e-5
 
 
 class TestDoRA(MethodConformance):
@@ -67,5 +83,10 @@ class TestDoRA(MethodConformance):
 class TestDoRAFromEVA(TestDoRA):
     """Equal ranks: a layer that loses its adapter loses its magnitude as well."""
 
-    configurations = st.builds(DoRA, **SETTINGS, start=EQUAL)
+    configurations = st.builds(DoRA, **SETTINGS | {"start": EQUAL})
     targets = (("query",), ("up",))
+
+
+class TestDoRAFromItsWeight(TestDoRA):
+    configurations = st.builds(DoRA, **SETTINGS | {"start": KEPT})
+    targets = (None,)

@@ -16,7 +16,7 @@ from inlay.testing.layers import deltas_of, fit, settled, watch
 from inlay.testing.models import FAMILIES, batch_for, build
 from inlay.testing.tools import distance, shake
 from inlay.weights import Level
-from inlay_lora import DoRA, LoRA
+from inlay_lora import DoRA, Gaussian, LoRA
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
@@ -47,7 +47,7 @@ def test_starts_at_the_base(family: str) -> None:
     assert distance(model(**batch).logits, before) < 1e-6
 
 
-@pytest.mark.parametrize("method", [DoRA(rank=3, alpha=5), DoRA(rank=4, scaling="rsqrt", init="gaussian")])
+@pytest.mark.parametrize("method", [DoRA(rank=3, alpha=5), DoRA(rank=4, scaling="rsqrt", start=Gaussian())])
 def test_output_is_that_of_the_published_weight(method: DoRA) -> None:
     model = adapted("bert", method)
     layer = model.get_submodule(QUERY)

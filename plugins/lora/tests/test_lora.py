@@ -22,7 +22,7 @@ from inlay.errors import ConfigError
 from inlay.testing.layers import deltas_of, fit, settled, watch
 from inlay.testing.models import FAMILIES, batch_for, build
 from inlay.testing.tools import distance, shake
-from inlay_lora import LoRA
+from inlay_lora import Gaussian, LoRA
 
 
 def adapted(family: str, method: LoRA, **changes: object) -> nn.Module:
@@ -53,7 +53,7 @@ def test_starts_exactly_at_the_base(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [LoRA(rank=3, alpha=5), LoRA(rank=4, alpha=8, scaling="rsqrt", init="gaussian")]
+    "method", [LoRA(rank=3, alpha=5), LoRA(rank=4, alpha=8, scaling="rsqrt", start=Gaussian())]
 )
 @pytest.mark.parametrize(
     ("family", "site"),
@@ -170,7 +170,7 @@ def test_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "bound"), [(LoRA(rank=16), 1 / math.sqrt(768)), (LoRA(rank=16, init="gaussian"), None)]
+    ("method", "bound"), [(LoRA(rank=16), 1 / math.sqrt(768)), (LoRA(rank=16, start=Gaussian()), None)]
 )
 def test_starting_values(method: LoRA, bound: float | None) -> None:
     model = build("bert", hidden_size=768, num_hidden_layers=1)
