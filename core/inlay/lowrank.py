@@ -51,11 +51,11 @@ def to_lora(
     """Attach a LoRA called `name` that does what the adapter `source` does, as well as `rank` allows.
 
     B A is the best approximation of each ΔW in the Frobenius norm (truncated SVD), exact up to
-    rounding where ΔW is of that rank already; without `rank` it is the largest rank of any ΔW.
-    Scaling is 1. Needs the package inlay-lora.
+    rounding where ΔW is of that rank already; without `rank` each site takes the rank of its own ΔW.
+    Scaling is 1; changes of biases become biases of B. Needs the package inlay-lora.
 
-    Raises `ConfigError`, the model untouched, where `source` has no weight form, changes biases or
-    norms, or changes nothing.
+    Raises `ConfigError`, the model untouched, where `source` has no weight form, changes norms, or
+    changes nothing.
     """
     state = start(model, name, "to_lora")
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
@@ -71,19 +71,22 @@ def low_rank(
     """Return a LoRA of these differences as an adapter's only part, and what it has cost."""
     _check(found)
     factored = [Factors.of(d, rank) for d in found]
-    most = max(1, max(f.down.shape[0] for f in factored))
-    rank = most if rank is None else rank
-    method = registry.build(
-        "lora", {"rank": rank, "alpha": float(rank), "targets": [d.site.name for d in found]}
-    )
+    ranks = {d.site.name: max(1, len(f.down)) for d, f in zip(found, factored, strict=True)}
+    biased = any(d.bias is not None for d in found)
+    settings = {
+        "rank": ranks, "alpha": {n: float(r) for n, r in ranks.items()}, "targets": list(ranks),
+        "bias": "own" if biased else "none",
+    }  # fmt: skip
+    method = registry.build("lora", settings)
     adapter = build_adapter(state.model, method, tuple(d.site for d in found), path=f"{name}/lora")
     with torch.no_grad():
-        for factors, (_, delta) in zip(factored, adapter.placed, strict=True):
-            down, up, used = delta.get_parameter("down"), delta.get_parameter("up"), len(factors.down)
-            down.zero_()[:used].copy_(factors.down.view(used, *down.shape[1:]))
-            up.zero_()[:, :used].copy_(factors.up)
+        for difference, factors, (_, delta) in zip(found, factored, adapter.placed, strict=True):
+            factors.fill(delta)
+            if difference.bias is not None:
+                delta.get_parameter("bias").copy_(difference.bias)
     sites = tuple(LoweredSite(d.site.name, f.rank, f.error) for d, f in zip(found, factored, strict=True))
-    return Placed(state.next_id, name, "lora", method, adapter), LoweredReport(rank, sites)
+    placed = Placed(state.next_id, name, "lora", method, adapter)
+    return placed, LoweredReport(max(ranks.values()), sites)
 
 
 @dataclass(frozen=True)
@@ -108,17 +111,25 @@ class Factors:
         error = float(s[kept:].norm() / s.norm()) if rank else 0.0
         return cls(root[:, None] * v[:kept], u[:, :kept] * root, rank, error)
 
+    def fill(self, delta: nn.Module) -> None:
+        """Put the factors into a LoRA's delta, whose scale is 1."""
+        down, up, used = delta.get_parameter("down"), delta.get_parameter("up"), len(self.down)
+        down.zero_()[:used].copy_(self.down.view(used, *down.shape[1:]))
+        up.zero_()[:, :used].copy_(self.up)
+
 
 def _check(found: Sequence[Difference]) -> None:
     """Raise unless a LoRA can hold these differences."""
-    if odd := [d for d in found if d.site.kind not in LINEAR or d.bias is not None]:
-        what = "a bias" if odd[0].bias is not None else f"a {odd[0].site.kind}"
+    odd = [
+        d for d in found if d.site.kind not in LINEAR or (d.site.kind == "embedding" and d.bias is not None)
+    ]
+    if odd:
         raise ConfigError(
             "a LoRA cannot hold every change of this adapter",
-            saw=f"{odd[0].label} changes {what} ({len(odd)} of {len(found)} sites)",
+            saw=f"{odd[0].label} is a {odd[0].site.kind} ({len(odd)} of {len(found)} sites)",
             do="leave those out of its targets, or make full-size differences: inlay.combine(...)",
         )
-    if not any(bool(d.weight.any()) for d in found):
+    if not any(bool(d.weight.any()) or d.bias is not None for d in found):
         raise ConfigError(
             "there is no change to write as a LoRA",
             saw=f"{len(found)} sites, every ΔW 0",

@@ -224,13 +224,18 @@ def test_the_error_of_a_lower_rank_is_stated_and_right() -> None:
     assert str(report).startswith("LoRA of rank 4 at 10 sites; ranks of the changes up to 32; largest error")
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_ranks_are_each_sites_own_and_biases_go_along(family: str) -> None:
+    model = two(family, "lora(rank={'query': 3, 'down': 1}, targets=['query', 'down']) + ia3")
+    report = inlay.to_lora(model, "a", name="plain")
+    assert distance(logits(model, "plain"), logits(model, "a")) < 1e-5
+    assert {s.rank for s in report.sites if s.site.endswith(("query", "q_proj", "[query]"))} == {3}
+
+
 def test_embeddings_and_convolutions_become_loras() -> None:
-    for family, target in (("bert", "embedding"), ("vit", "conv")):
+    for family, target in (("bert", "embedding"), ("vit", "*.projection")):
         model = settled(family)
-        try:
-            inlay.attach(model, f"lora(rank=2, targets=['{target}'])", "a", activate=False)
-        except inlay.InlayError:
-            inlay.attach(model, "lora(rank=2, targets=['*projection'])", "a", activate=False)
+        inlay.attach(model, f"lora(rank=2, targets=['{target}'])", "a", activate=False)
         shake(model)
         report = inlay.to_lora(model, "a", name="plain")
         assert report.rank == 2
@@ -260,8 +265,8 @@ def test_changes_that_overlap_and_do_not_commute_are_refused() -> None:
 
 
 def test_a_lora_that_cannot_hold_the_change_is_refused() -> None:
-    model = two(first="bitfit")
-    match = r"a LoRA cannot hold every change of this adapter\n  saw: \S+ changes a bias \(\d+ of \d+ sites\)"
+    model = two(first="ssf")
+    match = r"a LoRA cannot hold every change of this adapter\n  saw: \S+ is a norm \(\d+ of \d+ sites\)"
     with refused(ConfigError, match, model=model):
         inlay.to_lora(model, "a", name="plain")
     bare = settled("bert")
