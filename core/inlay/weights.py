@@ -103,13 +103,18 @@ def read_by(backend: Backend | None, site: ModuleSite) -> tuple[Tensor, Tensor |
             do="choose other targets, or install a package that offers a backend for it (inlay.backends)",
         )
     found = stored(site.module, site.weight_name) if backend is None else backend.dequantize(site.module)
-    bias = stored(site.module, site.bias_name) if site.bias_name else None
     if found is None:
         raise AttributeError(f"{site.name} has no tensor {site.weight_name!r}")
     weight = wide(site.cut(found))
     if site.layer_kind == "norm":
         weight = weight + norm_offset(type(site.module))  # type: ignore[arg-type]
-    return weight, None if bias is None else wide(site.cut(bias))
+    return weight, read_bias(site)
+
+
+def read_bias(site: ModuleSite) -> Tensor | None:
+    """Return the bias of a site alone, wide, cut to its slice."""
+    bias = stored(site.module, site.bias_name) if site.bias_name else None
+    return None if bias is None else wide(site.cut(bias))
 
 
 def holds_bias(site: ModuleSite) -> bool:
@@ -208,7 +213,8 @@ class Level:
 
     @property
     def bias(self) -> Tensor | None:
-        return self.tensors()[1]
+        """The bias; where nothing lies below, without reading the weight."""
+        return self.tensors()[1] if self.below else read_bias(self.site)
 
     def tensors(self) -> tuple[Tensor, Tensor | None]:
         """Return (weight, bias), cached while neither the base nor the members below change."""
