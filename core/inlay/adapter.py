@@ -19,6 +19,8 @@ from inlay.sites.site import hooks_of
 
 if TYPE_CHECKING:
     from inlay.method import Method
+    from inlay.sites import ModuleSite
+    from inlay.weights import Level
 
 
 class Adapter:
@@ -125,6 +127,21 @@ class Adapter:
         found = self._find(name)
         self.fused.append(found)
         return found
+
+    def below(self, site: ModuleSite) -> Level:
+        """Return the level under this adapter's deltas at a layer: the base, and what acts there before it.
+
+        For what a method does between calls, as ending a stage: within a call a delta reads `at`.
+        """
+        from inlay.stack import need_state
+        from inlay.weights import Level
+
+        state, deltas = need_state(self.model), list[Delta]()
+        for placed in (state.placed[number] for number in state.active):
+            if placed.adapter is self:
+                return Level(site, deltas)
+            deltas += [] if placed.merged else placed.adapter.at(site)
+        return Level(site, ())
 
     def at(self, site: Site) -> list[Delta]:
         """Return the deltas placed on `site`."""

@@ -168,7 +168,7 @@ class Factored:
         return self.scale * (self.up.to(like.dtype) @ self.down.to(like.dtype))
 
     def effect(self, x: Tensor) -> Tensor:
-        return self.scale * F.linear(F.linear(x, self.down), self.up)
+        return self.scale * F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,190 @@
+"""The reparameterisations keep the rules of docs/conformance.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hypothesis import strategies as st
+
+from inlay.authoring import Site
+from inlay.authoring.sparse import distinct, places
+from inlay.testing import MethodConformance
+from inlay_reparam import C3A, GraLoRA, HiWi, IntrinsicSAID, KAdaptation, KronA, KronAB, KronABRes, LoHa, LoKr
+from inlay_reparam.kron import factorization
+
+REBUILT: dict[str, st.SearchStrategy[Any]] = {
+    "rank": st.integers(1, 4),
+    "alpha": st.sampled_from([1.0, 8.0]),
+    "rank_dropout": st.sampled_from([0.0, 0.1]),
+    "module_dropout": st.sampled_from([0.0, 0.1]),
+}
+CHOSEN = (None, ("linear",), ("attention", "up"))
+
+
+def kronecker(method: LoKr, site: Site) -> int:
+    """Return l·m or r·(l + m), and k·n or r·(k + n)."""
+    (l, k), (m, n) = (factorization(s, method.decompose_factor) for s in (site.out_features, site.in_features))
+    r = method.rank
+    first = r * (l + m) if method.decompose_both and r < max(l, m) / 2 else l * m
+    return first + (r * (k + n) if r < max(k, n) / 2 else k * n)
+
+
+class TestLoKr(MethodConformance):
+    method = LoKr
+    configurations = st.builds(
+        LoKr,
+        **REBUILT,
+        decompose_both=st.booleans(),
+        decompose_factor=st.sampled_from([-1, 2, 4]),
+        zero=st.sampled_from(["w1", "w2"]),
+    )
+    targets = CHOSEN
+    merges = True
+
+    @staticmethod
+    def parameters(method: LoKr, sites: Sequence[Site]) -> int:
+        return sum(kronecker(method, site) for site in sites)
+
+
+class TestLoHa(MethodConformance):
+    method = LoHa
+    configurations = st.builds(LoHa, **REBUILT, init=st.sampled_from(["kaiming", "normal"]))
+    targets = CHOSEN
+    merges = True
+
+    @staticmethod
+    def parameters(method: LoHa, sites: Sequence[Site]) -> int:
+        return sum(2 * method.rank * (s.in_features + s.out_features) for s in sites)
+
+
+class TestC3A(MethodConformance):
+    method = C3A
+    configurations = st.builds(
+        C3A, block_size=st.sampled_from([4, 8, 16]), init=st.sampled_from(["zeros", "xavier", "gaussian"])
+    )
+    targets = CHOSEN
+    merges = True
+
+    @staticmethod
+    def parameters(method: C3A, sites: Sequence[Site]) -> int:
+        assert method.block_size is not None
+        return sum(s.in_features * s.out_features // method.block_size for s in sites)
+
+
+class TestGraLoRA(MethodConformance):
+    method = GraLoRA
+    configurations = st.builds(
+        GraLoRA,
+        rank=st.sampled_from([4, 8]),
+        alpha=st.sampled_from([4.0, 16.0]),
+        k=st.sampled_from([1, 2, 4]),
+        hybrid_rank=st.sampled_from([0, 2]),
+        dropout=st.sampled_from([0.0, 0.1]),
+    )
+    targets = CHOSEN
+    merges = True
+
+    @staticmethod
+    def parameters(method: GraLoRA, sites: Sequence[Site]) -> int:
+        return sum((method.rank + method.hybrid_rank) * (s.in_features + s.out_features) for s in sites)
+
+
+def of_shape(method: KronA | KronAB, sites: Sequence[Site]) -> int:
+    """Return Σ a1·a2 + b1·b2."""
+    found = 0
+    for site in sites:
+        rows, columns = site.out_features, site.in_features
+        a1, a2 = method.shape or (factorization(rows)[1], factorization(columns)[0])
+        found += a1 * a2 + rows // a1 * (columns // a2)
+    return found
+
+
+KRONECKER = {"shape": st.sampled_from([None, (4, 8), (2, 16)]), "scale": st.sampled_from([2.0, 16.0])}
+
+
+class TestKronA(MethodConformance):
+    method = KronA
+    configurations = st.builds(KronA, **KRONECKER)
+    targets = CHOSEN
+    merges = True
+    parameters = staticmethod(of_shape)
+
+
+class TestKronAB(MethodConformance):
+    method = KronAB
+    configurations = st.builds(KronAB, **KRONECKER, bias=st.booleans())
+    targets = (None, ("attention",))
+
+    @staticmethod
+    def parameters(method: KronAB, sites: Sequence[Site]) -> int:
+        return of_shape(method, sites) + method.bias * sum(s.out_features for s in sites)
+
+
+class TestKronABRes(TestKronAB):
+    method = KronABRes
+    configurations = st.builds(
+        KronABRes, **KRONECKER, bias=st.booleans(), residual=st.sampled_from([0.0, 1.0])
+    )
+
+    @staticmethod
+    def parameters(method: KronABRes, sites: Sequence[Site]) -> int:
+        return TestKronAB.parameters(method, sites) + len(sites)
+
+
+class TestKAdaptation(MethodConformance):
+    """Dropout is on the change's entries, in training alone."""
+
+    method = KAdaptation
+    configurations = st.builds(
+        KAdaptation,
+        n=st.sampled_from([4, 8]),
+        rank=st.integers(1, 2),
+        scale=st.sampled_from([10.0, 160.0]),
+        dropout=st.sampled_from([0.0, 0.5]),
+    )
+    targets = CHOSEN
+    merges = True
+    adds_biases = True
+
+    @staticmethod
+    def parameters(method: KAdaptation, sites: Sequence[Site]) -> int:
+        roles = {s.role for s in sites}
+        biases = {(s.side, s.cross, s.layer, s.out_features) for s in sites}
+        fast = sum(method.rank * (s.in_features + s.out_features) for s in sites)
+        return 2 * method.n**2 * len(roles) + fast + sum(size for *_, size in biases)
+
+
+class TestHiWi(MethodConformance):
+    """On weights: the biases of models that were never trained are 0, and refused."""
+
+    method = HiWi
+    configurations = st.builds(
+        HiWi, target=st.just("weight"), rank=st.integers(1, 4), act=st.sampled_from(["relu", "gelu"])
+    )
+    targets = CHOSEN
+    merges = True
+
+    @staticmethod
+    def parameters(method: HiWi, sites: Sequence[Site]) -> int:
+        return sum(2 * method.rank * s.out_features for s in sites)
+
+
+class TestIntrinsicSAID(MethodConformance):
+    method = IntrinsicSAID
+    configurations = st.builds(
+        IntrinsicSAID,
+        d=st.sampled_from([80, 200]),
+        said=st.booleans(),
+        projection=st.sampled_from(["fastfood", "dense"]),
+    )
+    targets = (("linear", "norm"), ("query", "up"), ("embedding", "norm"))
+
+    @staticmethod
+    def parameters(method: IntrinsicSAID, sites: Sequence[Site]) -> int:
+        assert distinct(places(sites))
+        return method.d
+
+    @staticmethod
+    def merges(method: IntrinsicSAID, family: str) -> bool:
+        return family != "gpt2" or "embedding" not in (method.targets or ())  # its table is tied to the head
