@@ -201,9 +201,14 @@ class Init:
         there = torch.device("cpu") if filled and reference.is_meta else reference.device
         self.device = torch.device("meta") if meta else there
         self.later = filled or meta or reference.is_meta
-        digest = hashlib.sha256(seed.encode()).digest()
-        self._seed = int.from_bytes(digest[:7], "little")
+        self._seed = _number(seed)
         self._generator: torch.Generator | None = None
+
+    def seeded(self, seed: str) -> Init:
+        """Return a maker like this one that draws from `seed` alone, whatever the adapter's own is."""
+        made = copy.copy(self)
+        made._seed, made._generator = _number(seed), None
+        return made
 
     @property
     def generator(self) -> torch.Generator:
@@ -260,3 +265,7 @@ class Init:
         if self.device.type == "meta":
             return nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta"))
         return nn.Parameter(draw(torch.empty(shape, device="cpu")).to(device=self.device, dtype=self.dtype))
+
+
+def _number(seed: str) -> int:
+    return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "little")

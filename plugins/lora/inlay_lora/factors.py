@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,17 @@ class LowRankMethod(Method):
     scaling: Literal["standard", "rsqrt"] = setting("standard")
     start: Start = setting(Kaiming())
     bias: Literal["none", "own", "layer"] = setting("none")
+
+    keeps_start: ClassVar[bool] = True  # whether B₀A₀ can be kept apart from what the method does with B A
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start.kept and not self.keeps_start:
+            raise ConfigError(
+                f"{self.id}: a start that is part of the base cannot be kept apart here",
+                saw=f"start={self.start!r}",
+                do="choose one with B = 0, such as kaiming() or gaussian()",
+            )
 
     @property
     def calibrates(self) -> bool:  # type: ignore[override]

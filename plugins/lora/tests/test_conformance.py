@@ -1,4 +1,4 @@
-"""LoRA and DoRA, at random starts and at EVA's, keep the rules of docs/conformance.md."""
+"""LoRA, DoRA and their descendants, at random starts and at EVA's, keep the rules of docs/conformance.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,22 @@ from hypothesis import strategies as st
 
 from inlay.authoring import Site
 from inlay.testing import MethodConformance
-from inlay_lora import EVA, DoRA, Gaussian, Kaiming, LoRA, OLoRA, Orthogonal, PiSSA
+from inlay_lora import (
+    EVA,
+    DoRA,
+    Gaussian,
+    Kaiming,
+    LoRA,
+    LoRADropout,
+    LoRAFA,
+    LoRAPlus,
+    MoSLoRA,
+    OLoRA,
+    Orthogonal,
+    PeriodicLoRA,
+    PiSSA,
+    QALoRA,
+)  # fmt: skip
 
 SETTINGS = {
     "rank": st.integers(1, 4),
@@ -90,3 +105,72 @@ class TestDoRAFromEVA(TestDoRA):
 class TestDoRAFromItsWeight(TestDoRA):
     configurations = st.builds(DoRA, **SETTINGS | {"start": KEPT})
     targets = (None,)
+
+
+class TestMoSLoRA(MethodConformance):
+    method = MoSLoRA
+    configurations = st.builds(MoSLoRA, **SETTINGS, mixer=st.sampled_from(["kaiming", "orthogonal", "eye"]))
+    targets = (None, ("linear",))
+    merges = True
+
+    @staticmethod
+    def parameters(method: MoSLoRA, sites: Sequence[Site]) -> int:
+        return sum(method.rank * (s.in_features + s.out_features + method.rank) for s in sites)
+
+
+class TestLoRAPlus(TestLoRA):
+    method = LoRAPlus
+    configurations = st.builds(LoRAPlus, **SETTINGS, ratio=st.sampled_from([1.0, 16.0]))
+
+
+class TestLoRAPlusOnEmbeddings(TestLoRAOnEmbeddings):
+    method = LoRAPlus
+    configurations = st.builds(LoRAPlus, **SETTINGS, embedding_lr=st.just(1e-3))
+
+
+FROZEN = {**SETTINGS, "key": st.integers(0, 3)}
+
+
+class TestLoRAFA(MethodConformance):
+    method = LoRAFA
+    configurations = st.builds(LoRAFA, **FROZEN, corrected=st.just(False))
+    targets = (None, ("linear",))
+    merges = True
+
+    @staticmethod
+    def parameters(method: LoRAFA, sites: Sequence[Site]) -> int:
+        return sum(method.rank * s.out_features for s in sites)
+
+
+class TestLoRAFACorrected(TestLoRAFA):
+    configurations = st.builds(LoRAFA, **FROZEN)
+    excused = {"R32": "the gradient of B is replaced by what approximates the weight's best"}
+
+
+class TestLoRAFAFromEVA(TestLoRAFA):
+    """Equal ranks; its A is in the file."""
+
+    configurations = st.builds(LoRAFA, **FROZEN | {"start": EQUAL}, corrected=st.just(False))
+    targets = (("query",), ("up",))
+
+
+class TestLoRADropout(TestLoRA):
+    method = LoRADropout
+    rates = {**SETTINGS, "dropout": st.sampled_from([0.0, 0.5])}
+    configurations = st.builds(LoRADropout, **rates, rescale=st.booleans())
+
+
+class TestQALoRA(MethodConformance):
+    method = QALoRA
+    configurations = st.builds(QALoRA, **SETTINGS, group=st.sampled_from([1, 4, 16]))
+    targets = (None, ("query", "value"))
+    merges = True
+
+    @staticmethod
+    def parameters(method: QALoRA, sites: Sequence[Site]) -> int:
+        return sum(method.rank * (s.in_features // method.group + s.out_features) for s in sites)
+
+
+class TestPeriodicLoRA(TestLoRA):
+    method = PeriodicLoRA
+    configurations = st.builds(PeriodicLoRA, **SETTINGS, momentum=st.sampled_from([0.0, 0.5]))
