@@ -1,11 +1,18 @@
 """LoRA and DoRA for inlay, and where their factors may start."""
 
+from inlay_lora.corda import CorDA
 from inlay_lora.dora import DoRA
 from inlay_lora.drawn import Gaussian, Kaiming, Orthogonal
 from inlay_lora.eva import EVA
+from inlay_lora.loftq import LoftQ, alternate
 from inlay_lora.lora import LoRA
+from inlay_lora.loraga import LoRAGA
 from inlay_lora.olora import OLoRA
 from inlay_lora.pissa import PiSSA
+from inlay_lora.plain import plain
 from inlay_lora.start import Start
 
-__all__ = ["EVA", "DoRA", "Gaussian", "Kaiming", "LoRA", "OLoRA", "Orthogonal", "PiSSA", "Start"]
+__all__ = [
+    "EVA", "CorDA", "DoRA", "Gaussian", "Kaiming", "LoRA", "LoRAGA", "LoftQ", "OLoRA", "Orthogonal", "PiSSA",
+    "Start", "alternate", "plain",
+]  # fmt: skip
