@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import inlay
+from inlay.backends import backend_of
 from inlay.errors import ConfigError
 from inlay.testing.effects import output
 from inlay.testing.layers import deltas_of
@@ -36,26 +37,19 @@ def saved(folder: Path, prefix: str = "") -> str:
 @pytest.mark.parametrize("method", [LoRA, DoRA])
 def test_it_is_the_best_correction_of_the_error_whatever_s(method: type, kind: str, tmp_path: Path) -> None:
     full, model = lively("llama", **PACKED_SIZES), packed("llama", kind, **PACKED_SIZES)
-    targets = ["attention", "ffn"]
-    start, plain = LoftQ(weights=saved(tmp_path)), packed("llama", kind, **PACKED_SIZES)
-    few_bits = output(plain)
-    before = None
+    start, wanted = LoftQ(weights=saved(tmp_path)), output(full)
+    few_bits = output(packed("llama", kind, **PACKED_SIZES))
+    lossy = backend_of(model.get_submodule(PATH)).dequantize(model.get_submodule(PATH))
+    error, lefts = full.get_submodule(PATH).weight.detach() - lossy, [float("inf")]
     for rank in (2, 8):
-        inlay.attach(model, method(rank=rank, alpha=12, start=start, targets=targets), seed=0)
-        weight = full.get_submodule(PATH).weight
-        (site,) = [
-            s
-            for s, d in inlay.stack.need_state(model).placed[0 if rank == 2 else 1].adapter.placed
-            if s.name == PATH
-        ]
-        error = weight - inlay.weights.read(site)[0]
-        delta = deltas_of(model)[PATH]
-        left = error - 12 / rank * delta.up @ delta.down
-        assert left.norm() == pytest.approx(float(torch.linalg.svdvals(error)[rank:].norm()), rel=1e-4)
-        assert before is None or left.norm() < before
-        before = left.norm()
-        assert distance(output(model), output(full)) < distance(few_bits, output(full))
-        inlay.detach(model)
+        adapted = packed("llama", kind, **PACKED_SIZES)
+        inlay.attach(adapted, method(rank=rank, alpha=12, start=start, targets=["linear"]), seed=0)
+        delta = deltas_of(adapted)[PATH]
+        left = error - 12 / rank * delta.up.detach() @ delta.down.detach()
+        assert left.norm() == pytest.approx(float(torch.linalg.svdvals(error)[rank:].norm()), rel=1e-3)
+        lefts.append(distance(output(adapted), wanted))
+        assert lefts[-1] < lefts[-2]
+    assert lefts[1] < distance(few_bits, wanted)
 
 
 def test_its_checkpoint_needs_the_weights_no_more(tmp_path: Path) -> None:
@@ -90,7 +84,6 @@ def test_rounds_of_quantising_and_decomposing() -> None:
     assert errors[-1] < 1e-4
     lossy, down, up = alternate(weight, 4, rounded)
     assert (weight - lossy - up @ down).norm() < errors[1]
-    assert torch.equal(rounded(weight - (weight - lossy - 0)), rounded(lossy))
 
 
 @pytest.mark.parametrize(
@@ -98,11 +91,11 @@ def test_rounds_of_quantising_and_decomposing() -> None:
     [
         (
             lambda f: [p.unlink() for p in f.iterdir()],
-            r"the full weight of a layer is not to be found\n.*in 0 files",
+            r"of a layer is not to be found\n.*in 0 files",
         ),
         (
             lambda f: save_file({f"{PATH}.weight": torch.zeros(2, 2)}, f / "a.safetensors"),
-            r"not of .*\n.*\(2, 2\)",
+            r"\(2, 2\)",
         ),
     ],
 )

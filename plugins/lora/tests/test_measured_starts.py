@@ -52,13 +52,13 @@ def moment(path: str) -> Tensor:
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
 def test_corda_is_the_published_decomposition(mode: Any) -> None:
     model = started(CorDA(mode=mode))
-    weight, c = settled("bert").get_submodule(PATH).weight.double(), moment(PATH)
+    weight, c = settled("bert").get_submodule(PATH).weight.detach().double(), moment(PATH)
     damped = c + 0.01 * c.diagonal().mean() * torch.eye(32)
     left, singular, right = torch.linalg.svd(weight @ damped)
     r = slice(None, 4) if mode == "ipm" else slice(-4, None)
     part = left[:, r] @ singular[r].diag() @ right[r] @ damped.inverse()
     delta = deltas_of(model)[PATH]
-    found = 1.5 * delta.up.double() @ delta.down.double()
+    found = 1.5 * delta.up.detach().double() @ delta.down.detach().double()
     assert distance(found, part) < 1e-3
     assert distance(delta.up.norm(dim=0), (singular[r] / 1.5).sqrt()) < 1e-3
     if mode == "ipm":  # the least that any term of rank 4 leaves of W C
@@ -69,9 +69,8 @@ def test_corda_is_the_published_decomposition(mode: Any) -> None:
 
 def test_corda_of_inputs_of_every_direction_alike_is_pissa() -> None:
     layer = nn.Linear(12, 8)
-    inlay.attach(
-        layer, LoRA(rank=3, alpha=3, targets=[""], start=CorDA()), data=[{"input": torch.eye(12)[None]}]
-    )
+    data = [{"input": torch.eye(12)[None]}]
+    inlay.attach(layer, LoRA(rank=3, alpha=3, targets=[""], start=CorDA()), data=data)
     delta = deltas_of(layer)[""]
     left, singular, right = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
     assert distance(delta.up @ delta.down, left[:, :3] * singular[:3] @ right[:3]) < 1e-5
@@ -122,9 +121,8 @@ def test_lora_ga_takes_disjoint_directions_of_the_gradient(direction: Any) -> No
 def test_lora_ga_scales_both_factors(scale: Any) -> None:
     model = started(LoRAGA(scale=scale, gamma=64.0))
     sigma = torch.linalg.svdvals(settled("bert").get_submodule(PATH).weight.detach())[:4]
-    c = {"stable": 32**0.25 / 8, "unit": 1, "gd": 1 / 1.5, "weight_svd": float((sigma / 1.5).sqrt().mean())}[
-        scale
-    ]
+    mean = float((sigma / 1.5).sqrt().mean())
+    c = {"stable": 32**0.25 / 8, "unit": 1.0, "gd": 1 / 1.5, "weight_svd": mean}[scale]
     delta = deltas_of(model)[PATH]
     for square in (delta.down @ delta.down.T, delta.up.T @ delta.up):
         torch.testing.assert_close(square.detach(), c * c * torch.eye(4), atol=1e-4 * c * c, rtol=1e-4)
@@ -132,8 +130,9 @@ def test_lora_ga_scales_both_factors(scale: Any) -> None:
 
 def test_lora_ga_clips_what_is_larger_than_the_weight() -> None:
     layer = settled("bert").get_submodule(PATH)
-    free, clipped = (deltas_of(started(LoRAGA(scale="unit", norm_clip=clip)))[PATH] for clip in (False, True))
-    ratio = layer.weight.abs().max() / (1.5 * free.up @ free.down).abs().max()
+    both = [started(LoRAGA(scale="unit", norm_clip=clip), alpha=24) for clip in (False, True)]
+    free, clipped = (deltas_of(model)[PATH] for model in both)
+    ratio = (layer.weight.abs().max() / (6 * free.up @ free.down).abs().max()).detach()
     assert ratio < 1
     assert distance(clipped.up, free.up * ratio.sqrt()) < 1e-5
     assert distance(clipped.down, free.down * ratio.sqrt()) < 1e-5
@@ -149,7 +148,7 @@ def test_the_first_step_goes_where_full_training_would() -> None:
         for batch in data_for(model):
             (model(**batch).loss / 2).backward()
         delta = deltas_of(model)[PATH]
-        step = delta.up @ delta.down.grad + delta.up.grad @ delta.down
+        step = (delta.up @ delta.down.grad + delta.up.grad @ delta.down).detach()
         cosines.append(float(torch.cosine_similarity(step.flatten().double(), gradient.flatten(), dim=0)))
     assert cosines[0] > cosines[1] + 0.1
     assert cosines[0] > 0.7
@@ -208,15 +207,15 @@ def test_what_cannot_be_measured_is_refused() -> None:
     for method, message in (
         (
             LoRA(start=CorDA(), targets=["embedding"]),
-            r"corda: this start is for linear layers.*\n.*embedding",
+            r"corda: this start is for linear .*\n.*embedding",
         ),
         (
             LoRA(start=LoRAGA(), targets=["embedding"]),
-            r"lora_ga: this start needs the gradient .*\n.*embedding",
+            r"lora_ga: this start needs the .*\n.*embedding",
         ),
         (
             LoRA(rank=17, start=LoRAGA()),
-            r"lora_ga: this start takes 2·rank .*\n.*rank 17 .*, 32 to 32 .*\n.*most 16",
+            r"lora_ga: .* takes 2·rank .*\n.*rank 17 .*, 32 to 32 .*\n.*most 16",
         ),
     ):
         with refused(ConfigError, message, model=model):
