@@ -56,4 +56,4 @@ class Orthogonal(Start):
         square, a, b = (init.normal(*shape).detach().float() for shape in shapes)
         turn = torch.linalg.qr(square).Q
         down = turn[0::2].T @ a / self.divisor
-        return down.view(rank, *layer.row), b @ turn[1::2] / self.divisor
+        return down, b @ turn[1::2] / self.divisor

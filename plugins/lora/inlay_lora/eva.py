@@ -41,7 +41,7 @@ class EVA(Start):
     label_mask: bool = setting(True)
 
     def measure(self, layers: Sequence[Layer], model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
-        linear = {x.name: x for x in layers if x.linear and x.site.called}  # type: ignore[attr-defined]
+        linear = {x.name: x for x in layers if x.called}
         if not linear:
             raise ConfigError(
                 "eva: no target is a linear layer",

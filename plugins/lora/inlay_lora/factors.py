@@ -136,7 +136,8 @@ class LowRank(LinearDelta):
         if init.later:
             self.down, self.up = init.zeros(rank, *layer.row), init.zeros(out, rank)
         else:
-            self.down, self.up = map(init.tensor, method.start.factors(layer, init))
+            down, up = method.start.factors(layer, init)
+            self.down, self.up = init.tensor(down.reshape(rank, *layer.row)), init.tensor(up)
         for name, factor in (("down_start", self.down), ("up_start", self.up)):
             self.register_buffer(name, factor.detach().clone() if method.start.kept else None)
         biased = method.bias == "own" or (method.bias == "layer" and site.has_bias)  # type: ignore[attr-defined]
@@ -149,9 +150,9 @@ class LowRank(LinearDelta):
         """Start at A₀ and B₀ (None: as it is)."""
         for name, factor in (("down", down), ("up", up)):
             if factor is not None:
-                getattr(self, name).copy_(factor)
+                getattr(self, name).copy_(factor.view_as(getattr(self, name)))
                 if (kept := getattr(self, f"{name}_start")) is not None:
-                    kept.copy_(factor)
+                    kept.copy_(getattr(self, name))
 
     def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return A (k, in) and B (out, k) with ΔW = s·B A: the factors, k = r.

@@ -10,6 +10,8 @@ import torch
 from inlay.authoring import Init, setting
 from inlay_lora.start import Factors, Layer, Start, principal, split
 
+SPARE = 8  # directions that a randomised decomposition looks for beyond those it gives
+
 
 @dataclass(frozen=True, kw_only=True)
 class PiSSA(Start):
@@ -33,5 +35,5 @@ class PiSSA(Start):
         if self.niter is None:
             left, singular, right = torch.linalg.svd(weight, full_matrices=False)
         else:
-            left, singular, right = principal(weight, r, self.niter, init.generator)
+            left, singular, right = principal(weight, r + SPARE, self.niter, init.generator)
         return split(left[:, :r], singular[:r], right[:r], layer.scale)

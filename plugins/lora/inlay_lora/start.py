@@ -35,9 +35,9 @@ class Layer:
         return self.site.out_features, math.prod(self.row) if self.row else self.site.in_features
 
     @property
-    def linear(self) -> bool:
-        """Whether it is a linear layer: neither a convolution nor an embedding."""
-        return isinstance(self.site, ModuleSite) and self.site.is_linear
+    def called(self) -> bool:
+        """Whether it is a linear layer that is a module of its own, whose calls show what it reads."""
+        return isinstance(self.site, ModuleSite) and self.site.is_linear and self.site.called
 
     def weight(self) -> Tensor:
         """Return W (out, in) in float32 or wider, dequantised, as a matrix."""
@@ -61,7 +61,7 @@ class Start(Strategy):
     starts_as_identity: ClassVar[bool] = True
 
     def factors(self, layer: Layer, init: Init) -> Factors:
-        """Return A₀ (r, in), or (r, *row), and B₀ (out, r); here Kaiming-uniform and zero."""
+        """Return A₀ (r, in), a kernel's rows flat or not, and B₀ (out, r); here Kaiming-uniform and zero."""
         return init.kaiming_uniform(layer.rank, *layer.row), init.zeros(layer.size[0], layer.rank)
 
     def measure(
@@ -78,10 +78,10 @@ class Start(Strategy):
         """Return a layer's factors under the names that `measure` gives them."""
         return {f"{layer.name}.{DOWN}": down, f"{layer.name}.{UP}": up}
 
-    def linear_only(self, layers: Iterable[Layer]) -> None:
-        """Raise if a layer is no linear one whose calls show what it reads."""
+    def check_called(self, layers: Iterable[Layer]) -> None:
+        """Raise unless all are linear layers whose own calls show what they read."""
         for layer in layers:
-            if not (layer.linear and layer.site.called):  # type: ignore[attr-defined]
+            if not layer.called:
                 raise ConfigError(
                     f"{self.id}: this start is for linear layers that are modules of their own",
                     saw=f"{layer.name} ({layer.site.kind})",
@@ -98,10 +98,11 @@ def split(left: Tensor, singular: Tensor, right: Tensor, scale: float) -> Factor
 def principal(
     matrix: Tensor, rank: int, niter: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the first `rank` of U (out, r), S (r,), Vᵀ (r, in), found in `niter` subspace iterations.
+    """Return the first `rank` (or all) of U (out, r), S (r,), Vᵀ (r, in), in `niter` subspace iterations.
 
     Randomised, as in arXiv 0909.4061, from `generator` alone: the same on every device.
     """
+    rank = min(rank, *matrix.shape)
     rows = torch.randn(rank, matrix.shape[0], generator=generator).to(matrix)
     basis = torch.linalg.qr((rows @ matrix).T).Q
     for _ in range(niter):

@@ -10,12 +10,14 @@ from inlay.authoring import Site
 from inlay.testing import MethodConformance
 from inlay_lora import (
     EVA,
+    CorDA,
     DoRA,
     Gaussian,
     Kaiming,
     LoRA,
     LoRADropout,
     LoRAFA,
+    LoRAGA,
     LoRAPlus,
     MoSLoRA,
     OLoRA,
@@ -23,7 +25,7 @@ from inlay_lora import (
     PeriodicLoRA,
     PiSSA,
     QALoRA,
-)  # fmt: skip
+)
 
 SETTINGS = {
     "rank": st.integers(1, 4),
@@ -72,6 +74,47 @@ class TestLoRAFromItsWeight(TestLoRA):
 
     configurations = st.builds(LoRA, **SETTINGS | {"start": KEPT})
     targets = (None, ("linear",))
+
+
+class TestLoRAFromWeightAndData(TestLoRA):
+    configurations = st.builds(
+        LoRA, **SETTINGS | {"start": st.sampled_from([CorDA(), CorDA(mode="kpm"), LoRAGA(gamma=64.0)])}
+    )
+    targets = (None, ("linear",))
+
+
+class TestLoRAOfOwnBiases(TestLoRA):
+    configurations = st.builds(LoRA, **SETTINGS, bias=st.just("own"))
+    targets = (None,)
+    adds_biases = True
+
+    @staticmethod
+    def parameters(method: LoRA, sites: Sequence[Site]) -> int:
+        return TestLoRA.parameters(method, sites) + sum(s.out_features for s in sites)
+
+
+class TestLoRAOfTheLayersBiases(TestLoRAOfOwnBiases):
+    families = ("gpt2", "bert", "vit")
+    configurations = st.builds(LoRA, **SETTINGS, bias=st.just("layer"))
+    adds_biases = False
+
+
+class TestLoRAByRole(TestLoRA):
+    configurations = st.builds(
+        LoRA,
+        **SETTINGS
+        | {
+            "rank": st.sampled_from([{"query": 3, "default": 2}, {"attention": 1, "up": 4}]),
+            "alpha": st.sampled_from([{"query": 2.0, "default": 8}, 4.0]),
+        },
+    )
+    targets = (("query", "up"),)
+
+    @staticmethod
+    def parameters(method: LoRA, sites: Sequence[Site]) -> int:
+        assert isinstance(method.rank, dict)
+        other = method.rank.get("default", 1)
+        return sum(method.rank.get(s.role, other) * (s.in_features + s.out_features) for s in sites)
 
 
 class TestLoRAOrthogonal(TestLoRA):
