@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inlay.method import Method
+from inlay.testing import profiles
 from inlay.testing.cases import FAMILIES, NAME, Case, Joined, cases
 from inlay.testing.neighbours import NEIGHBOURS
 from inlay.testing.profiles import profile
@@ -64,8 +65,11 @@ class MethodConformance:
             raise TypeError(f"{cls.__name__} excuses {unknown[0]!r}, which is no rule")
         joined = cls.joined()
         for rule in RULES.values():
-            if rule.covers(joined):
-                setattr(cls, f"test_{rule.number}_{rule.check.__name__}", test_of(rule, joined, cls.excused))
+            name = f"test_{rule.number}_{rule.check.__name__}"
+            if not rule.covers(joined) or (rule.costly and _further(cls)):
+                setattr(cls, name, None)  # not the one of the class it derives from
+            else:
+                setattr(cls, name, test_of(rule, joined, cls.excused, share=0.5 if _further(cls) else 1.0))
 
 
 def _beside(cls: type) -> Path | None:
@@ -74,7 +78,15 @@ def _beside(cls: type) -> Path | None:
     return Path(file).parent / "golden" if file else None
 
 
-def test_of(rule: Rule, joined: Joined, excused: dict[str, str]) -> Callable[..., None]:
+def _further(cls: type[MethodConformance]) -> bool:
+    """Whether a class is a further configuration of a method that one it derives from declares."""
+    declared = [base for base in cls.__mro__[1:] if getattr(base, "method", None) is cls.method]
+    return bool(declared) and profiles.NAME != "long"
+
+
+def test_of(
+    rule: Rule, joined: Joined, excused: dict[str, str], *, share: float
+) -> Callable[..., None]:
     """Return the test of one rule for one method: a property over cases, or a single check."""
     if rule.once:
 
@@ -82,7 +94,7 @@ def test_of(rule: Rule, joined: Joined, excused: dict[str, str]) -> Callable[...
             rule(joined)
     else:
 
-        @profile(rule.share)
+        @profile(rule.share * share)
         @given(case=st.deferred(lambda: drawn(rule, joined)))
         def test(self: Any, case: Case) -> None:  # type: ignore[misc]
             rule(case)

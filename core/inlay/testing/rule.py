@@ -23,7 +23,8 @@ class Rule:
     `dtypes` are those it is checked in; `share` is its part of the profile's examples; `concerns`
     says which members it needs: "merging", "lasting" (what cannot merge), or any. `alone` marks
     rules about one method, not checked again over stacks. `families` are those it can be checked on,
-    `accepts` the kind of site a method must act on to be asked.
+    `accepts` the kind of site a method must act on to be asked. `costly` ones are checked on further
+    configurations of a method in the long profile alone.
     """
 
     number: str
@@ -38,6 +39,7 @@ class Rule:
     once: bool = False
     families: tuple[str, ...] | None = None
     accepts: str | None = None
+    costly: bool = False
 
     def __call__(self, subject: Case | Joined) -> None:
         """Check `subject`; what it raises says which rule was broken, and what usually breaks it."""

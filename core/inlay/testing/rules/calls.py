@@ -174,6 +174,7 @@ def fresh_compiler() -> Iterator[None]:
     share=0.17,
     families=("llama", "gpt2", "bert", "vit"),
     alone=True,
+    costly=True,
 )
 def compiles(case: Case) -> None:
     model = acting(case)

@@ -74,6 +74,7 @@ def survives_saving(case: Case) -> None:
     "bits.",
     usually="something depends on the process: hash order, object ids, torch's generator, a registration.",
     share=0.5,
+    costly=True,
 )
 def loads_elsewhere(case: Case) -> None:
     model, modules = trained(case), {type(m.method).__module__ for m in case.members}
