@@ -2,6 +2,7 @@
 
 from inlay_lora.dora import DoRA
 from inlay_lora.eva import EVA
+from inlay_lora.laplace import Laplace, Predictive, laplace
 from inlay_lora.lora import LoRA
 from inlay_lora.lora_dropout import LoRADropout, ensemble
 from inlay_lora.lora_fa import LoRAFA
@@ -12,6 +13,6 @@ from inlay_lora.qa_lora import QALoRA
 from inlay_lora.start import Start
 
 __all__ = [
-    "EVA", "DoRA", "LoRA", "LoRADropout", "LoRAFA", "LoRAPlus", "MoSLoRA", "PeriodicLoRA", "QALoRA", "Start",
-    "ensemble",
+    "EVA", "DoRA", "Laplace", "LoRA", "LoRADropout", "LoRAFA", "LoRAPlus", "MoSLoRA", "PeriodicLoRA",
+    "Predictive", "QALoRA", "Start", "ensemble", "laplace",
 ]  # fmt: skip
