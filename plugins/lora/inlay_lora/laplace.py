@@ -141,9 +141,7 @@ class Laplace:
     def choose_precision(self, *, steps: int = 100, lr: float = 0.1) -> float:
         """Set λ to where the evidence is largest: Adam on log λ from where it is now."""
         root = next(iter(self.curvatures.values())).gives.root
-        log = torch.full(
-            (), math.log(self.precision), dtype=root.dtype, device=root.device, requires_grad=True
-        )
+        log = root.new_tensor(math.log(self.precision)).detach().requires_grad_()
         optimizer = torch.optim.Adam([log], lr=lr)
         for _ in range(steps):
             optimizer.zero_grad()

@@ -88,7 +88,7 @@ class Watched(TorchFunctionMode):
         if func is F.linear and torch.is_grad_enabled():
             name = self.names.get((args[1].data_ptr(), args[1].shape))
             if name is not None:
-                result = result if result.requires_grad else result.requires_grad_()
+                result = result if result.requires_grad else result.detach().requires_grad_()
                 self.seen.append((name, args[0].detach(), result))
         return result
 
