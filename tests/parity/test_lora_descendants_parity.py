@@ -88,6 +88,16 @@ def test_lora_fa_takes_the_same_steps(family: str, rslora: bool, monkeypatch: py
         assert distance(delta.up, expected) < 1e-5, site  # type: ignore[arg-type]
 
 
+@EVERY_FAMILY
+def test_lora_fa_merges_alike(family: str) -> None:
+    other, model = pair(family, "lora_fa")
+    inlay.merge(model, undo=False)
+    merged: nn.Module = other.merge_and_unload()  # type: ignore[operator]
+    assert model.state_dict().keys() == merged.state_dict().keys()
+    for name, tensor in merged.state_dict().items():
+        assert same(model.state_dict()[name].float(), tensor.float()), name
+
+
 def adam(parameter: nn.Parameter, other: Tensor) -> None:
     """Take peft's step, of 1e-3 with a decay of 0.1; its first moment is `other`."""
     state: Any = parameter.__dict__.setdefault(

@@ -4,6 +4,7 @@ from inlay_lora.corda import CorDA
 from inlay_lora.dora import DoRA
 from inlay_lora.drawn import Gaussian, Kaiming, Orthogonal
 from inlay_lora.eva import EVA
+from inlay_lora.laplace import Laplace, Predictive, laplace
 from inlay_lora.loftq import LoftQ, alternate
 from inlay_lora.lora import LoRA
 from inlay_lora.lora_dropout import LoRADropout, ensemble
@@ -19,7 +20,7 @@ from inlay_lora.qa_lora import QALoRA
 from inlay_lora.start import Start
 
 __all__ = [
-    "EVA", "CorDA", "DoRA", "Gaussian", "Kaiming", "LoRA", "LoRADropout", "LoRAFA", "LoRAGA", "LoRAPlus",
-    "LoftQ", "MoSLoRA", "OLoRA", "Orthogonal", "PeriodicLoRA", "PiSSA", "QALoRA", "Start", "alternate",
-    "ensemble", "plain",
+    "EVA", "CorDA", "DoRA", "Gaussian", "Kaiming", "Laplace", "LoRA", "LoRADropout", "LoRAFA", "LoRAGA",
+    "LoRAPlus", "LoftQ", "MoSLoRA", "OLoRA", "Orthogonal", "PeriodicLoRA", "PiSSA", "Predictive", "QALoRA",
+    "Start", "alternate", "ensemble", "laplace", "plain",
 ]  # fmt: skip

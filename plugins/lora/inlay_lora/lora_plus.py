@@ -32,13 +32,11 @@ class LoRAPlus(LoRA):
     @staticmethod
     @hookimpl
     def parameter_groups(method: LoRAPlus, adapter: Adapter, lr: float | None) -> list[Group]:  # type: ignore[override]
-        rate = method.lr if lr is None else lr
+        slow = method.lr if lr is None else lr
         tables = {id(p) for s, delta in adapter.placed if s.kind == "embedding" for p in delta.parameters()}
         groups: dict[float, list[str]] = {}
         for name, parameter in adapter.named_parameters():
+            own = slow * method.ratio if name.endswith(".up") else slow
             if parameter.requires_grad:
-                fast = method.ratio if name.endswith(".up") else 1.0
-                groups.setdefault(method.embedding_lr if id(parameter) in tables else rate * fast, []).append(
-                    name
-                )
+                groups.setdefault(method.embedding_lr if id(parameter) in tables else own, []).append(name)
         return [Group(names, own, method.weight_decay) for own, names in groups.items()]

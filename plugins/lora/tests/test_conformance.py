@@ -197,10 +197,12 @@ class TestLoRAFAFromEVA(TestLoRAFA):
     targets = (("query",), ("up",))
 
 
+HALVED = {**SETTINGS, "dropout": st.sampled_from([0.0, 0.5])}
+
+
 class TestLoRADropout(TestLoRA):
     method = LoRADropout
-    rates = {**SETTINGS, "dropout": st.sampled_from([0.0, 0.5])}
-    configurations = st.builds(LoRADropout, **rates, rescale=st.booleans())
+    configurations = st.builds(LoRADropout, **HALVED, rescale=st.booleans())
 
 
 class TestQALoRA(MethodConformance):
