@@ -27,6 +27,7 @@ from inlay.registry import registry
 from inlay.settings import Strategy, setting
 from inlay.sites import AttentionSite, BlockSite, ModuleSite, SequenceSite, Site, SublayerSite
 from inlay.training import Group, Stage
+from inlay.weights import read, wide
 
 register = registry.register
 
@@ -35,6 +36,6 @@ __all__ = [
     "Compact", "Composite", "ConfigError", "Delta", "Factored", "Group", "Init", "InputDelta", "KeyValues",
     "LinearDelta", "Method", "ModuleSite", "OutputDelta", "OwnValues", "Ref", "RoutingError",
     "SequenceDelta", "SequenceSite", "Shift", "Site", "Stage", "Strategy", "SublayerSite", "TargetError",
-    "Trained", "WeightDelta", "Weights", "calls", "gradients", "hookimpl", "own_loss", "register", "rows",
-    "setting",
+    "Trained", "WeightDelta", "Weights", "calls", "gradients", "hookimpl", "own_loss", "read", "register",
+    "rows", "setting", "wide",
 ]  # fmt: skip
