@@ -38,7 +38,8 @@ class Fourier(Grid):
         }
 
     def dense(self, values: Tensor) -> Tensor:
-        full = values.new_zeros(self.shape).index_put((self.rows, self.columns), values)  # type: ignore[arg-type]
+        at = (self.rows, self.columns)  # (u, v) and (−u, −v) may both be chosen: their coefficients add up
+        full = values.new_zeros(self.shape).index_put(at, values, accumulate=True)  # type: ignore[arg-type]
         return torch.fft.ifft2(full).real
 
     def sparse(self, x: Tensor, values: Tensor) -> Tensor:

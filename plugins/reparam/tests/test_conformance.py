@@ -86,6 +86,7 @@ class TestFourierFT(MethodConformance):
 
 
 class TestFourierFTFromNoise(TestFourierFT):
+    targets = (("query", "value"), ("down",))
     configurations = st.builds(
         FourierFT, n_frequency=st.sampled_from([2, 40]), scaling=st.just(5.0), init=st.just("normal")
     )
@@ -106,6 +107,7 @@ class TestWaveFT(MethodConformance):
 
 
 class TestWaveFTInProportion(TestWaveFT):
+    targets = (("query", "value"), ("linear",))
     configurations = st.builds(
         WaveFT, n_frequency=st.sampled_from([3, 40]), scaling=st.just(25.0), proportional=st.just(True),
         init=st.sampled_from(["zeros", "normal"]),
