@@ -110,9 +110,9 @@ def test_a_changed_manifest_is_not_the_one_expected(change: Any, folder: Path) -
 
 
 def test_a_method_that_is_not_installed_names_its_package(folder: Path) -> None:
-    edit(folder, lambda m: m["parts"][0].update(method="vera", distribution="inlay-random", version="0.4"))
+    edit(folder, lambda m: m["parts"][0].update(method="gizmo", distribution="inlay-random", version="0.4"))
     model = fresh()
-    match = r"needs the method 'vera', which is not installed[\s\S]*saved with 'inlay-random' '0\.4'"
+    match = r"needs the method 'gizmo', which is not installed[\s\S]*saved with 'inlay-random' '0\.4'"
     with refused(RegistryError, match, model=model, folder=folder) as caught:
         inlay.load(model, folder, "fr")
     assert caught.error.do.startswith("pip install inlay-random ")
@@ -133,8 +133,8 @@ def test_a_method_that_is_not_installed_names_its_package(folder: Path) -> None:
     ],
 )
 def test_a_package_that_is_no_name_is_not_offered_to_a_shell(package: str, folder: Path) -> None:
-    edit(folder, lambda m: m["parts"][0].update(method="vera", distribution=package))
-    with refused(RegistryError, "needs the method 'vera'") as caught:
+    edit(folder, lambda m: m["parts"][0].update(method="gizmo", distribution=package))
+    with refused(RegistryError, "needs the method 'gizmo'") as caught:
         inlay.load(fresh(), folder, "fr")
     assert "pip" not in caught.error.do
 

@@ -17,7 +17,6 @@ from rehearsal.loreft import LoReFT
 from rehearsal.lt_sft import LTSFT
 from rehearsal.molora import MoLORA
 from rehearsal.unipelt import UniPELT
-from rehearsal.vera import VeRA
 
 from inlay.authoring import Site
 from inlay.authoring.trained import shapes
@@ -33,23 +32,9 @@ OWN = {"R16": "a method registered in this process is installed in no other"}
 @pytest.fixture(autouse=True, scope="module")
 def _offered() -> Iterator[None]:
     """Offer the methods here, and let a fresh interpreter find the rehearsal's folder."""
-    with pytest.MonkeyPatch.context() as patch, offered(VeRA, LoReFT, LTSFT, UniPELT, MoLORA):
+    with pytest.MonkeyPatch.context() as patch, offered(LoReFT, LTSFT, UniPELT, MoLORA):
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         yield
-
-
-class TestVeRA(MethodConformance):
-    method = VeRA
-    excused = OWN
-    configurations = st.builds(
-        VeRA, rank=st.integers(1, 5), key=st.integers(0, 2), save_projection=st.booleans()
-    )
-    targets = (None, ("linear",))
-    merges = True
-
-    @staticmethod
-    def parameters(method: VeRA, sites: Sequence[Site]) -> int:
-        return sum(method.rank + s.out_features for s in sites)
 
 
 class TestLoReFT(MethodConformance):

@@ -23,7 +23,7 @@ from inlay.testing.refusal import refused
 from inlay_lora import LoRA
 
 
-@pytest.mark.parametrize("name", ["loar", "vera", "__import__", "LoRA", "lora "])
+@pytest.mark.parametrize("name", ["loar", "gizmo", "__import__", "LoRA", "lora "])
 def test_an_unknown_method_names_packages(name: str) -> None:
     with refused(
         RegistryError, rf"no installed package offers the method '{name}'[\s\S]*pip install .*inlay-\*"

@@ -28,7 +28,7 @@ from inlay.registry import registry
 from inlay.settings import Strategy, setting
 from inlay.sites import AttentionSite, BlockSite, ModuleSite, SequenceSite, Site, SublayerSite
 from inlay.training import Group, Stage
-from inlay.weights import read
+from inlay.weights import read, wide
 
 register = registry.register
 
@@ -38,5 +38,5 @@ __all__ = [
     "LinearDelta", "Method", "ModuleSite", "OutputDelta", "OwnValues", "Ref", "RoutingError",
     "SequenceDelta", "SequenceSite", "Shift", "Site", "Stage", "Strategy", "SublayerSite", "TargetError",
     "Trained", "WeightDelta", "Weights", "by_site", "calls", "gradients", "hookimpl", "own_loss", "read",
-    "register", "rows", "setting",
+    "register", "rows", "setting", "wide",
 ]  # fmt: skip

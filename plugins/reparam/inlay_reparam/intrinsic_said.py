@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inlay.authoring import (
-    Adapter, Change, ConfigError, Init, Method, ModuleSite, Ref, Site, WeightDelta, Weights, hookimpl, setting,
+    Adapter,
+    Change,
+    ConfigError,
+    Init,
+    Method,
+    ModuleSite,
+    Ref,
+    Site,
+    WeightDelta,
+    Weights,
+    hookimpl,
+    setting,
 )  # fmt: skip
 from inlay.authoring.sparse import Place, distinct, places
 from inlay.authoring.trained import shapes

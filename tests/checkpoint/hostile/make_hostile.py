@@ -172,7 +172,7 @@ HOSTILE: dict[str, Hostile] = {
     "a-path-as-a-method": Hostile("needs the method", part(method="../../evil.py")),
     "no-name-as-a-method": Hostile("needs the method ''", part(method="")),
     "a-shell-as-a-package": Hostile(
-        "saved with 'x; rm -rf ~'", part(method="vera", distribution="x; rm -rf ~")
+        "saved with 'x; rm -rf ~'", part(method="gizmo", distribution="x; rm -rf ~")
     ),
     "an-escape-as-a-class": Hostile(r"\\x1b\]0;", lambda m: m["base"].update(architecture="\x1b]0;evil\x07")),
     "an-escape-as-a-site": Hostile(r"no site '\\x1b\[31m'", part(sites=["\x1b[31m", "1"])),

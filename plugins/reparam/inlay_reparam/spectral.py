@@ -1,0 +1,86 @@
+"""Changes given by some entries of a transformed weight: the grid they lie on, and what they do to x."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from inlay.authoring import Adapter, ConfigError, Init, LinearDelta, Ref, Site, wide
+
+
+class Grid(nn.Module):
+    """n places of an (out, in) matrix, the first of a seeded permutation, and its transform to a weight.
+
+    Never saved: `rows` (n,), `columns` (n,), one copy for all layers of one shape that have as many.
+    """
+
+    worth: ClassVar[int] = 512  # entries of ΔW that cost what one place costs per token, as measured
+
+    def __init__(self, shape: tuple[int, int], count: int, seed: int, init: Init) -> None:
+        super().__init__()
+        self.shape, self.few = shape, count * self.worth <= shape[0] * shape[1]
+        rows = columns = torch.empty(count, dtype=torch.long, device="meta")
+        if init.device.type != "meta":
+            order = torch.randperm(shape[0] * shape[1], generator=torch.Generator().manual_seed(seed))[:count]
+            rows, columns = order // shape[1], order % shape[1]
+        for name, tensor in self.places(rows, columns).items():
+            self.register_buffer(name, tensor.to(init.device), persistent=False)
+
+    def places(self, rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
+        """Return the buffers of this transform, given where the entries lie in the (out, in) matrix."""
+        return {"rows": rows, "columns": columns}
+
+    def dense(self, values: Tensor) -> Tensor:
+        """Return ΔW (out, in) of the entries (n,)."""
+        return values.new_zeros(self.shape).index_put((self.rows, self.columns), values)  # type: ignore[arg-type]
+
+    def sparse(self, x: Tensor, values: Tensor) -> Tensor:
+        """Return x ΔWᵀ (*, out) of x (*, in), place by place."""
+        picked = x.index_select(-1, self.columns) * values  # type: ignore[arg-type]
+        return x.new_zeros(*x.shape[:-1], self.shape[0]).index_add(-1, self.rows, picked)  # type: ignore[arg-type]
+
+
+class Spectral(LinearDelta):
+    """ΔW = the transform of `spectrum` (n,) on a shared grid, computed in float32 or wider."""
+
+    def __init__(self, spectrum: nn.Parameter, grid: Ref, scaling: float) -> None:
+        super().__init__()
+        self.spectrum, self.grid, self.scaling = spectrum, grid, scaling
+
+    def effect(self, x: Tensor) -> Tensor:
+        """Return x ΔWᵀ (*, out) of x (*, in); ΔW is formed only if its entries are many."""
+        grid = self.grid.module
+        if not grid.few:
+            return F.linear(x, self.product(x))
+        with torch.autocast(x.device.type, enabled=False):
+            return grid.sparse(wide(x), self.values(wide(x))).to(x.dtype)
+
+    def product(self, like: Tensor) -> Tensor:
+        """Return ΔW (out, in)."""
+        return self.grid.module.dense(self.values(wide(like))).to(like.dtype)
+
+    def values(self, like: Tensor) -> Tensor:
+        """Return the scaled entries (n,) in the dtype of `like`."""
+        return self.spectrum.to(like.dtype) * self.scaling
+
+
+def place_spectra(adapter: Adapter, sites: Sequence[Site], method: Any, counts: Sequence[int]) -> int:
+    """Place a delta on every site, with as many entries as `counts` says, on grids that `method` makes."""
+    grids: dict[str, Ref] = {}
+    for site, count in zip(sites, counts, strict=True):
+        shape = (site.out_features, site.in_features)
+        if count > shape[0] * shape[1]:
+            raise ConfigError(
+                f"{method.id} has more frequencies than the layer has entries",
+                saw=f"n_frequency={count}; {site.name} is {shape}",
+                do=f"give at most {shape[0] * shape[1]}",
+            )
+        name, init = f"grid_{shape[0]}x{shape[1]}_{count}", adapter.init(site)
+        if name not in grids:
+            grids[name] = adapter.share(name, method.grid(shape, count, init))
+        adapter.place(site, Spectral(method.spectrum(init, count), grids[name], method.scaling))
+    return len(sites)
