@@ -1,6 +1,6 @@
 # Eight verbs; each makes .venv and installs what it needs if that was not done.
 PY := .venv/bin/python
-PACKAGES := . $(wildcard plugins/*) contrib/train
+PACKAGES := . $(wildcard plugins/*) contrib/train contrib/peft_bridge
 STAMP := .venv/.installed
 WORKERS ?= 2
 
@@ -8,7 +8,7 @@ WORKERS ?= 2
 
 install: $(STAMP)
 
-$(STAMP): constraints.txt pyproject.toml $(wildcard plugins/*/pyproject.toml) contrib/train/pyproject.toml
+$(STAMP): constraints.txt pyproject.toml $(wildcard plugins/*/pyproject.toml) $(wildcard contrib/*/pyproject.toml)
 	test -x $(PY) || python3 -m venv .venv
 	$(PY) -m pip install -q -c constraints.txt torch transformers accelerate bitsandbytes torchao pluggy safetensors \
 	    packaging pytest pytest-xdist hypothesis ruff mypy typer rich hatchling editables \

@@ -11,6 +11,7 @@ import typer
 
 from inlay_train.commands.check import check
 from inlay_train.commands.compare import compare
+from inlay_train.commands.convert import convert
 from inlay_train.commands.demo import demo
 from inlay_train.commands.inspect import inspect
 from inlay_train.commands.merge import merge
@@ -42,5 +43,5 @@ def telling_errors(command: Callable[..., None]) -> Callable[..., None]:
     return told
 
 
-for command in (methods, plan, train, predict, inspect, merge, compare, demo, new, check):
+for command in (methods, plan, train, predict, inspect, merge, convert, compare, demo, new, check):
     app.command()(telling_errors(command))
