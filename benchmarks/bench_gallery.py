@@ -24,7 +24,8 @@ from inlay_train.compare import table
 from inlay_train.compare.engine import Result, Row
 
 PACKAGES = ("inlay-lora", "inlay-reparam", "inlay-orthogonal")
-SETTINGS: dict[str, str] = {}  # a stack for those whose defaults do not fit MiniLM (width 384, 1536)
+# Stacks for those whose defaults do not fit MiniLM (widths 384 and 1536).
+SETTINGS = {"vblora": "vblora(vector_length=128)"}
 STARTS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora_ga")
 WITHIN = 0.03  # of LoRA's accuracy, else the method's page says why
 
