@@ -25,17 +25,26 @@ def read_config(config: Config) -> dict[str, Any]:
             saw=f"init_lora_weights={start!a}",
             do="convert it in peft first: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
-    return {"scaling": "rsqrt" if config.get("use_rslora") else "standard"}
+    return {
+        "scaling": "rsqrt" if config.get("use_rslora") else "standard",
+        "bias": "own" if config.get("lora_bias") else "none",
+    }
 
 
 def write_config(settings: Config) -> dict[str, Any]:
-    return {"use_rslora": settings["scaling"] == "rsqrt"}
+    if settings["bias"] == "layer":
+        raise refused(
+            "peft keeps trained biases of layers as values of the base's, not as differences",
+            saw='bias="layer"',
+            do='train with bias="own", or merge the adapter: inlay merge',
+        )
+    return {"use_rslora": settings["scaling"] == "rsqrt", "lora_bias": settings["bias"] == "own"}
 
 
 def own_config(place: Place) -> dict[str, Any]:
     """Return the rank and alpha of a site by its tensors and its scale: a start may have moved them."""
     delta: Any = place.deltas[0]
-    rank = int(delta.down.shape[0])
+    rank = len(factors(place)["down"])
     return {"r": rank, "lora_alpha": alpha(delta.scale, rank, place.settings["scaling"] == "rsqrt")}
 
 
@@ -52,8 +61,16 @@ def read(tensors: Tensors, place: Place) -> Tensors:
     return tensors
 
 
+def factors(place: Place) -> Tensors:
+    """Return A and B of a site's change; of double rank from a start that is kept beside them."""
+    delta: Any = place.deltas[0]
+    down, up = delta.pair(delta.down.dtype) if hasattr(delta, "pair") else (delta.down, delta.up)
+    return {"down": down.detach(), "up": up.detach()}
+
+
 def write(tensors: Tensors, place: Place) -> Tensors:
     """Return the factors as peft shapes them."""
+    tensors = {**tensors, **factors(place)}
     if place.site.kind == "conv":
         check_convolution(place)
         beside = tensors["down"].dim() - 2
@@ -88,20 +105,25 @@ def join(parts: Sequence[tuple[Slice, Tensors, Config]], out: int) -> tuple[Tens
         up = tensors["up"]
         columns.append(part.put(up.new_zeros(out, up.shape[1]), up, 0))
     config = {"r": len(down), "lora_alpha": alpha(scales[0], len(down), stabilised)}
-    return {"down": down, "up": torch.cat(columns, 1)}, config
+    joined = {"down": down, "up": torch.cat(columns, 1)}
+    if "bias" in parts[0][1]:
+        joined["bias"] = parts[0][1]["bias"].new_zeros(out)
+        for part, tensors, _ in parts:
+            joined["bias"] = part.put(joined["bias"], tensors["bias"], 0)
+    return joined, config
 
 
 LORA = Converter(
     "LORA",
     "lora",
     {
-        "lora_A.weight": "down", "lora_B.weight": "up",
+        "lora_A.weight": "down", "lora_B.weight": "up", "lora_B.bias": "bias",
         "lora_embedding_A": "down", "lora_embedding_B": "up",
     },
     settings={"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"},
     read_config=read_config,
     write_config=write_config,
-    reads=frozenset({"use_rslora", "init_lora_weights"}),
+    reads=frozenset({"use_rslora", "init_lora_weights", "lora_bias"}),
     starts=frozenset({"eva_config", "qalora_group_size", "megatron_core"}),
     when={"use_dora": False},
     read=read,
@@ -122,7 +144,8 @@ def read_dora(tensors: Tensors, place: Place) -> Tensors:
 def write_dora(tensors: Tensors, place: Place) -> Tensors:
     """Return m = ‖W‖ + what is kept of it."""
     norms = place.weight.norm(dim=1)
-    return {**tensors, "magnitude": (norms + tensors["magnitude"].to(norms.dtype)).float()}
+    magnitude = (norms + tensors["magnitude"].to(norms.dtype)).float()
+    return {**tensors, **factors(place), "magnitude": magnitude}
 
 
 DORA = replace(

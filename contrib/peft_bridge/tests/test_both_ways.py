@@ -18,6 +18,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor to 1:UserWarning"),
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
+    # peft takes the bias that lora_bias=True makes for a tensor that was cut off.
+    pytest.mark.filterwarnings("ignore:Adapter 'default'.*invalid shape:UserWarning"),
 ]
 CASES = [(family, name) for name, twin in TWINS.items() for family in twin.families]
 EVERY = pytest.mark.parametrize(("family", "name"), CASES)
@@ -69,3 +71,18 @@ def test_there_and_back_has_the_same_tensors(family: str, name: str, tmp_path: P
         ):
             assert key == other
             torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "stack", ["lora(rank=3, alpha=5, start=pissa())", "lora(rank=2, start=olora(), scaling='rsqrt')"]
+)
+def test_a_start_that_is_kept_goes_along_in_double_rank(stack: str, tmp_path: Path) -> None:
+    model = attached("bert", stack)
+    to_peft(model, tmp_path / "out")
+    assert far(logits(loaded_by_peft("bert", tmp_path / "out")), logits(model)) < 1e-5
+
+
+def test_ranks_by_role_become_a_pattern(tmp_path: Path) -> None:
+    model = attached("llama", "lora(rank={'query': 3, 'up': 2}, alpha=5, targets=['query', 'up'])")
+    to_peft(model, tmp_path / "out")
+    assert far(logits(loaded_by_peft("llama", tmp_path / "out")), logits(model)) < 1e-5

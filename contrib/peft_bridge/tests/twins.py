@@ -75,6 +75,30 @@ TWINS = {
         "road(variant='road_4', group_size=8, targets=TARGETS)",
         UNTURNED,
     ),
+    "loha": Twin(over("LoHaConfig", r=4, alpha=6), "loha(rank=4, alpha=6, targets=TARGETS)", UNTURNED),
+    "lokr": Twin(over("LoKrConfig", r=2, alpha=6), "lokr(rank=2, alpha=6, targets=TARGETS)", UNTURNED),
+    "lokr-both": Twin(
+        over("LoKrConfig", r=1, decompose_both=True, decompose_factor=4),
+        "lokr(rank=1, decompose_both=True, decompose_factor=4, targets=TARGETS)",
+        UNTURNED,
+    ),
+    "fourierft": Twin(
+        over("FourierFTConfig", n_frequency=40, random_loc_seed=3),
+        "fourierft(n_frequency=40, seed=3, targets=TARGETS)",
+    ),
+    "waveft": Twin(over("WaveFTConfig", n_frequency=40), "waveft(n_frequency=40, targets=TARGETS)"),
+    "c3a": Twin(over("C3AConfig", block_size=8), "c3a(block_size=8, targets=TARGETS)", UNTURNED),
+    "gralora": Twin(
+        over("GraloraConfig", r=4, alpha=6, hybrid_r=2),
+        "gralora(rank=4, alpha=6, hybrid_rank=2, targets=TARGETS)",
+    ),
+    "miss": Twin(over("MissConfig", r=6), "miss(rank=6, targets=TARGETS)", UNTURNED),
+    "miss-bat": Twin(
+        over("MissConfig", r=8, init_weights="bat"), "miss(rank=8, mode='bat', targets=TARGETS)", UNTURNED
+    ),
+    "lora-bias": Twin(
+        over("LoraConfig", r=4, lora_bias=True), "lora(rank=4, bias='own', targets=TARGETS)", ("gpt2", "bert")
+    ),
     "ia3": Twin(
         lambda family: peft.IA3Config(
             task_type=TASKS[family],

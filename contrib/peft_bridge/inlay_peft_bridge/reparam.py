@@ -1,0 +1,111 @@
+"""LoHa, LoKr, FourierFT, WaveFT, C3A, GraLoRA, MiSS, and those whose frozen matrices all layers share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from inlay_peft_bridge.converter import Config, Converter
+from inlay_peft_bridge.report import refused
+
+REBUILT = {"r": "rank", "alpha": "alpha", "rank_dropout": "rank_dropout", "module_dropout": "module_dropout",
+           "use_effective_conv2d": "effective_conv"}  # fmt: skip
+PATTERNS = {"rank_pattern": "r", "alpha_pattern": "alpha"}
+STARTS = frozenset({"init_weights"})
+
+LOHA = Converter(
+    "LOHA",
+    "loha",
+    {
+        "hada_w1_a": "up1", "hada_w1_b": "down1", "hada_w2_a": "up2", "hada_w2_b": "down2",
+        "hada_t1": "core1", "hada_t2": "core2",
+    },
+    settings=REBUILT,
+    starts=STARTS,
+    patterns=PATTERNS,
+)  # fmt: skip
+
+LOKR = Converter(
+    "LOKR",
+    "lokr",
+    {
+        "lokr_w1": "w1", "lokr_w1_a": "w1_up", "lokr_w1_b": "w1_down", "lokr_w2": "w2", "lokr_w2_a": "w2_up",
+        "lokr_w2_b": "w2_down", "lokr_t2": "w2_core",
+    },
+    settings={
+        **REBUILT, "decompose_both": "decompose_both", "decompose_factor": "decompose_factor",
+    },
+    read_config=lambda config: {"rank_dropout_scale": not config.get("rank_dropout_scale", False)},
+    write_config=lambda settings: {"rank_dropout_scale": False},
+    reads=frozenset({"rank_dropout_scale"}),
+    starts=STARTS,
+    patterns=PATTERNS,
+)  # fmt: skip
+
+FOURIERFT = Converter(
+    "FOURIERFT",
+    "fourierft",
+    {"fourierft_spectrum": "spectrum"},
+    settings={"n_frequency": "n_frequency", "scaling": "scaling", "random_loc_seed": "seed"},
+    starts=STARTS,
+    patterns={"n_frequency_pattern": "n_frequency"},
+)
+
+WAVEFT = Converter(
+    "WAVEFT",
+    "waveft",
+    {"waveft_spectrum": "spectrum"},
+    settings={
+        "n_frequency": "n_frequency", "scaling": "scaling", "random_loc_seed": "seed",
+        "wavelet_family": "wavelet", "use_idwt": "use_idwt",
+    },
+    starts=frozenset({"init_weights", "waveft_dropout"}),
+    patterns={"n_frequency_pattern": "n_frequency"},
+)  # fmt: skip
+
+C3A = Converter(
+    "C3A",
+    "c3a",
+    {"c3a_kernel": "kernel"},
+    settings={"block_size": "block_size"},
+    starts=STARTS,
+    patterns={"block_size_pattern": "block_size"},
+)
+
+GRALORA = Converter(
+    "GRALORA",
+    "gralora",
+    {
+        "gralora_A": "down", "gralora_B": "up",
+        "gralora_A_general.weight": "hybrid_down", "gralora_B_general.weight": "hybrid_up",
+    },
+    settings={
+        "r": "rank", "alpha": "alpha", "gralora_k": "k", "hybrid_r": "hybrid_rank",
+        "gralora_dropout": "dropout",
+    },
+    starts=STARTS,
+)  # fmt: skip
+
+
+def read_miss(config: Config) -> dict[str, Any]:
+    mode = config.get("init_weights", True)
+    return {"mode": mode if mode in ("bat", "mini") else "balance"}
+
+
+def write_miss(settings: Config) -> dict[str, Any]:
+    if settings["mode"] == "bat" and settings["dropout"]:
+        raise refused(
+            "peft's MiSS of this mode has no dropout", saw=f"dropout={settings['dropout']}",
+            do="train without it, or merge the adapter: inlay merge",
+        )  # fmt: skip
+    return {"init_weights": True if settings["mode"] == "balance" else settings["mode"]}
+
+
+MISS = Converter(
+    "MISS",
+    "miss",
+    {"miss_block": "block"},
+    settings={"r": "rank", "mini_r": "mini_rank", "miss_dropout": "dropout"},
+    read_config=read_miss,
+    write_config=write_miss,
+    reads=frozenset({"init_weights"}),
+)
