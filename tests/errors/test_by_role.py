@@ -44,13 +44,8 @@ def test_the_closest_key_holds() -> None:
 def test_sides_slices_and_globs_are_keys_too() -> None:
     found = ranks("t5", {"query": 2, "encoder.query": 3}, ["both.query"])
     assert {name.partition(".")[0]: r for name, r in found.items()} == {"encoder": 3, "decoder": 2}
-    found = ranks(
-        "gpt2", {"c_attn": 2, "transformer.h.1.*": 2, "transformer.h.1.mlp.c_fc": 4, "up": 3}, ["query", "up"]
-    )
-    assert {name.rpartition(".")[2]: r for name, r in found.items()} == {
-        "c_attn[query]": 2,
-        "c_fc": 3,
-    } or True
+    rank = {"c_attn": 2, "transformer.h.1.*": 2, "transformer.h.1.mlp.c_fc": 4, "up": 3}
+    found = ranks("gpt2", rank, ["query", "up"])
     assert [found[f"transformer.h.{layer}.mlp.c_fc"] for layer in (0, 1)] == [3, 4]
     assert found["transformer.h.0.attn.c_attn[query]"] == 2
 
