@@ -40,7 +40,11 @@ class FrozenDict(dict[str, Any]):
         return FrozenDict, (dict(self),)
 
     def _unchanging(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError("settings do not change: make another configuration (dataclasses.replace)")
+        raise ConfigError(
+            "a setting does not change",
+            saw=shown(dict(self)),
+            do="make another configuration: dataclasses.replace(method, ...)",
+        )
 
     __setitem__ = __delitem__ = __ior__ = _unchanging  # type: ignore[assignment]
     update = setdefault = pop = popitem = clear = _unchanging  # type: ignore[assignment]

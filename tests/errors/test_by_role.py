@@ -44,13 +44,8 @@ def test_the_closest_key_holds() -> None:
 def test_sides_slices_and_globs_are_keys_too() -> None:
     found = ranks("t5", {"query": 2, "encoder.query": 3}, ["both.query"])
     assert {name.partition(".")[0]: r for name, r in found.items()} == {"encoder": 3, "decoder": 2}
-    found = ranks(
-        "gpt2", {"c_attn": 2, "transformer.h.1.*": 2, "transformer.h.1.mlp.c_fc": 4, "up": 3}, ["query", "up"]
-    )
-    assert {name.rpartition(".")[2]: r for name, r in found.items()} == {
-        "c_attn[query]": 2,
-        "c_fc": 3,
-    } or True
+    rank = {"c_attn": 2, "transformer.h.1.*": 2, "transformer.h.1.mlp.c_fc": 4, "up": 3}
+    found = ranks("gpt2", rank, ["query", "up"])
     assert [found[f"transformer.h.{layer}.mlp.c_fc"] for layer in (0, 1)] == [3, 4]
     assert found["transformer.h.0.attn.c_attn[query]"] == 2
 
@@ -88,7 +83,7 @@ CHANGES = ["d['query'] = 1", "del d['query']", "d.update(a=1)", "d.pop('query')"
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_setting_does_not_change(change: str) -> None:
     rank = LoRA(rank={"query": 2, "value": 2}).rank
-    with pytest.raises(TypeError, match="settings do not change"):
+    with refused(ConfigError, r"a setting does not change\n  saw: {'query': 2"):
         exec(change, {"d": rank})
     assert rank == {"query": 2, "value": 2}
 
@@ -102,7 +97,7 @@ def test_a_setting_does_not_change(change: str) -> None:
         ),
         (
             {"query": 4, "key": 2, "value": 1},
-            r"is no target\n.*'key': 2; targets are query, value",
+            r"rank names something that is no target\n.*'key': 2; targets are",
         ),
         ({"default": 2, "quary": 1}, r"no target\n.*'quary'.*\n.*did you mean .*query"),
         (
