@@ -220,6 +220,20 @@ def test_shared_parts_start_from_streams_of_their_own() -> None:
     assert torch.equal(one, adapter.init(shared="one").normal(8))
 
 
+def test_a_maker_seeded_by_a_method_forgets_the_adapters_seed() -> None:
+    """What a method draws from a key of its own is alike in every adapter; the maker itself goes on."""
+    model = build("llama")
+    inlay.attach(model, SharedVector(), "fr", seed=0)
+    inlay.attach(model, SharedVector(), "de", seed=1)
+    makers = [part(model, name).adapter.init(shared="one") for name in ("fr", "de")]
+    keyed = [maker.seeded("key").normal(8) for maker in makers]
+    assert torch.equal(*keyed)
+    assert not torch.equal(keyed[0], makers[0].seeded("other").normal(8))
+    own = [maker.normal(8) for maker in makers]
+    assert not torch.equal(*own)
+    assert torch.equal(own[0], part(model, "fr").adapter.init(shared="one").normal(8))
+
+
 def test_base_size_leaves_adapters_out() -> None:
     model = build("qwen")
     size = sum(p.numel() for p in model.parameters())

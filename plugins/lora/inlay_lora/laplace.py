@@ -17,6 +17,7 @@ from inlay.authoring import ConfigError, calls
 from inlay_lora.uses import Use, matrices, uses
 
 Logits = Callable[[Any], Tensor]
+SPARE, POWERS = 8, 2  # of the iteration that finds the strongest directions
 
 
 def own_logits(output: Any) -> Tensor:
@@ -73,14 +74,26 @@ class Directions:
         self.root, self.keep = root, keep
 
     def add(self, rows: Tensor) -> None:
-        """Take in rows (m, d), by the eigenvectors of the smaller of both Gram matrices."""
+        """Take in rows (m, d)."""
         stacked = torch.cat([self.root, rows.to(self.root)])
-        if len(stacked) > stacked.shape[1]:
-            values, vectors = torch.linalg.eigh(stacked.T @ stacked)
-            root = values.clamp(min=0).sqrt()[:, None] * vectors.T
-        else:
-            root = torch.linalg.eigh(stacked @ stacked.T).eigenvectors.T @ stacked
-        self.root = root.flip(0)[: self.keep]
+        basis = self.basis(stacked) if self.keep < stacked.shape[1] else None
+        inside = stacked if basis is None else stacked @ basis
+        values, vectors = torch.linalg.eigh(inside.T @ inside)
+        directions = vectors if basis is None else basis @ vectors
+        self.root = (values.clamp(min=0).sqrt() * directions).T.flip(0)[: self.keep].contiguous()
+
+    def basis(self, rows: Tensor) -> Tensor:
+        """Return an orthonormal basis (d, q) near the strongest directions of rows (m, d): power iteration.
+
+        From the directions so far and a fixed draw, a few more than are kept.
+        """
+        drawn = torch.randn(
+            rows.shape[1], self.keep + SPARE, generator=torch.Generator().manual_seed(0), dtype=rows.dtype
+        )
+        basis = torch.cat([self.root.T, drawn.to(rows)], 1)[:, : rows.shape[1]]
+        for _ in range(POWERS):
+            basis = torch.linalg.qr(rows.T @ (rows @ torch.linalg.qr(basis).Q)).Q
+        return basis
 
     @property
     def values(self) -> Tensor:

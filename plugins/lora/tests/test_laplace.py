@@ -15,6 +15,7 @@ from inlay.testing.layers import deltas_of, settled
 from inlay.testing.models import batch_for
 from inlay.testing.tools import distance, shake
 from inlay_lora import Laplace, LoRA, LoRAFA, MoSLoRA, QALoRA, laplace
+from inlay_lora.laplace import Directions
 from inlay_lora.uses import matrices
 
 
@@ -148,6 +149,19 @@ def test_few_directions_with_as_many_as_there_are_is_the_whole() -> None:
     assert {len(c.gives.root) for n, c in few.curvatures.items() if n.endswith(".up")} == {3}
     assert distance(same.predict(batch(2)).covariance, whole.predict(batch(2)).covariance) < 1e-9
     assert 0 < distance(few.predict(batch(2)).covariance, whole.predict(batch(2)).covariance) < 0.5
+
+
+def test_the_strongest_directions_are_found_batch_by_batch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    strengths = 2.0 ** -torch.arange(40, dtype=torch.float64)
+    rows = torch.randn(300, 40, generator=generator, dtype=torch.float64) * strengths
+    found = Directions(torch.empty(0, 40, dtype=torch.float64), 6)
+    for batch_of_rows in rows.split(60):
+        found.add(batch_of_rows)
+    _, singular, vectors = torch.linalg.svd(rows)
+    assert distance(found.values.sqrt(), singular[:6]) < 1e-3
+    assert distance((found.vectors[:4] * vectors[:4]).sum(1).abs(), torch.ones(4)) < 1e-3
+    assert distance(found.vectors @ found.vectors.T, torch.eye(6)) < 1e-9
 
 
 def test_the_evidence_is_the_dense_formula_and_its_gradient_is_right() -> None:
