@@ -12,7 +12,7 @@ $(STAMP): constraints.txt pyproject.toml $(wildcard plugins/*/pyproject.toml) co
 	test -x $(PY) || python3 -m venv .venv
 	$(PY) -m pip install -q -c constraints.txt torch transformers accelerate bitsandbytes torchao pluggy safetensors \
 	    packaging pytest pytest-xdist hypothesis ruff mypy typer rich hatchling editables \
-	    filelock jinja2 matplotlib pyarrow pydantic pyyaml
+	    filelock jinja2 matplotlib pyarrow pydantic pyyaml pywavelets
 	# A quantiser whose layers core has no backend for, and a peer to compare with: their own files are enough.
 	DISABLE_CUDA=1 $(PY) -m pip install -q -c constraints.txt --no-deps hqq termcolor
 	$(PY) -m pip install -q -c constraints.txt --no-deps peft
