@@ -116,7 +116,7 @@ def test_the_first_factors_are_a_copy_and_are_not_saved(tmp_path: Path) -> None:
 
 
 def test_norms_of_a_quantised_weight_are_those_of_what_its_bits_stand_for() -> None:
-    """peft puts ones where it finds no weight, and norms of packed bytes where it finds them."""
+    """peft asks for the norms of the packed bytes (tests/parity/test_reparam_parity.py)."""
     import bitsandbytes
 
     model = packed("llama", "nf4", hidden_size=64, intermediate_size=128)

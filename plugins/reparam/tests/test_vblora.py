@@ -131,7 +131,7 @@ def test_advancing_keeps_what_is_chosen_and_nothing_else(top: int, tmp_path: Pat
     batch = batch_for(model, labels=True)
     before = model(**batch).logits
     assert inlay.advance(model, "fr") is None
-    assert distance(model(**batch).logits, before) < 1e-6
+    assert distance(model(**batch).logits, before) < 1e-5
     inlay.save(model, tmp_path)
     fresh = settled("bert")
     inlay.load(fresh, tmp_path, "fr")
@@ -175,10 +175,10 @@ def test_dropout_acts_on_what_is_read() -> None:
     assert distance(y, expected) < 1e-6
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
 def test_it_learns(family: str) -> None:
-    model = settled(family)
-    inlay.attach(model, VBLoRA(num_vectors=64, vector_length=16, targets=("linear",)), seed=0)
+    model = settled(family, hidden_size=128, intermediate_size=128)
+    inlay.attach(model, VBLoRA(num_vectors=64, vector_length=32, targets=("linear",)), seed=0)
     before, after = fit(model, batch_for(model, rows=6, labels=True), steps=100)
     assert before > 0.5
     assert after < 0.1 * before
