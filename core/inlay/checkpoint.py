@@ -37,6 +37,7 @@ from inlay.weights import whole
 
 CALIBRATION = "calibration:"
 LEAST_ROOM = 1 << 20  # numbers an adapter may always hold beside what is saved
+ROOM = 6  # times the base's own: a fixed random transform of every tensor takes up to that
 
 
 def save(
@@ -316,7 +317,7 @@ class _Source:
         """Refuse settings that ask for far more memory than the file holds tensors for."""
         held = sum(t.numel() for _, m in trial.modules() for t in [*m.parameters(), *m.buffers()])
         beside = held - sum(t.numel() for t in saved.values())
-        if beside > max(LEAST_ROOM, trial.base_size):
+        if beside > max(LEAST_ROOM, ROOM * trial.base_size):
             raise damaged(f"the settings ask for {beside:,} numbers that are not in the file")
 
 

@@ -137,8 +137,8 @@ class IntrinsicSAID(Method):
     accepts: ClassVar[frozenset[str]] = frozenset(
         {"linear", "conv1d", "conv", "embedding", "norm", "parameter"}
     )
-    default_targets: ClassVar[tuple[str, ...]] = ()
-    optional_targets: ClassVar[tuple[str, ...]] = ("linear", "norm", "embedding", "pooler")
+    default_targets: ClassVar[tuple[str, ...]] = ("linear", "norm")
+    optional_targets: ClassVar[tuple[str, ...]] = ("embedding", "pooler")
     lr: ClassVar[float] = 1e-3
 
     d: int = setting(20_000, least=1)

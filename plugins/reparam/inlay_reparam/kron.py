@@ -25,6 +25,6 @@ def kron_linear(x: Tensor, left: Tensor, right: Tensor, up: Tensor | None = None
 
     With `up` (b1, r), right (r, b2) stands for up·right: r numbers are mixed by `left`, not b1.
     """
-    rows = F.linear(x.unflatten(-1, (left.shape[1], right.shape[1])), right)
-    mixed = F.linear(rows.mT, left).mT
+    rows = F.linear(x.unflatten(-1, (left.shape[1], right.shape[1])), right).mT
+    mixed = F.linear(rows.contiguous(), left).mT.contiguous()  # of strided ones torch chooses another product
     return (mixed if up is None else F.linear(mixed, up)).flatten(-2)

@@ -125,11 +125,11 @@ def _merges_into_few_bits(model: nn.Module, case: Case, kind: str) -> None:
 
 
 class Plain(nn.Module):
-    """Three linear layers and nothing of transformers; with labels it gives a loss beside its logits."""
+    """Three linear layers, of sizes with many divisors, and nothing of transformers; a loss if there are labels."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.third = nn.Linear(12, 20), nn.Linear(20, 20), nn.Linear(20, 5)
+        self.first, self.second, self.third = nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 16)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
         logits = self.third(self.second(self.first(x).tanh()).tanh())
@@ -163,7 +163,7 @@ def _learn(model: nn.Module, x: Tensor) -> None:
 def works_on_any_module(case: Case) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(case.seed)
-        model, x = Plain().eval(), torch.randn(6, 12)
+        model, x = Plain().eval(), torch.randn(6, 16)
     try:
         method = dataclasses.replace(case.members[0].method, targets=("first", "third"), layers=None)
     except ConfigError:  # a configuration whose other settings choose the places
