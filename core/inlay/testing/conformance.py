@@ -84,9 +84,7 @@ def _further(cls: type[MethodConformance]) -> bool:
     return bool(declared) and profiles.NAME != "long"
 
 
-def test_of(
-    rule: Rule, joined: Joined, excused: dict[str, str], *, share: float
-) -> Callable[..., None]:
+def test_of(rule: Rule, joined: Joined, excused: dict[str, str], *, share: float) -> Callable[..., None]:
     """Return the test of one rule for one method: a property over cases, or a single check."""
     if rule.once:
 
