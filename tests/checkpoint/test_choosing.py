@@ -166,7 +166,7 @@ def test_a_broken_plugin_stops_only_its_own_checkpoints(
         ({"rank": "8"}, "LoRA: rank has the wrong type"),
         ({"rnak": 1}, "no setting 'rnak'"),
         ({"rank": None}, "wrong type"),
-        ({"rank": {"a": 1}}, "wrong type"),
+        ({"rank": {"a": 1}}, "rank says nothing of a target"),
         ({"targets": "0"}, "wrong type"),
         ({"rank": 1, "\x1b[31m": 1}, r"no setting '\\x1b\[31m'"),
         ({"bias": "\x1b]0;title\x07"}, r"bias='\\x1b\]0;title\\x07'"),

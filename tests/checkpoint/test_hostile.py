@@ -70,6 +70,8 @@ def test_a_hostile_folder_is_not_saved_over(name: str, tmp_path: Path) -> None:
         inlay.save(model, tmp_path)
 
 
+WIDE = 4096  # the features of the base whose adapter is large
+
 MEASURE = """
 import json, sys, time
 import folders, inlay
@@ -78,11 +80,12 @@ from inlay.errors import InlayError
 def peak(kind):
     return next(int(l.split()[1]) // 1024 for l in open("/proc/self/status") if l.startswith(kind))
 
-harmless, *paths = sys.argv[1:]
+wide, harmless, *paths = sys.argv[1:]
 inlay.load(folders.base(), harmless, "fr")
 found = []
 for path in paths:
-    model, before, start, loaded = folders.base(), (peak("VmPeak"), peak("VmHWM")), time.process_time(), True
+    model = folders.base(int(wide)) if path == paths[-1] else folders.base()
+    before, start, loaded = (peak("VmPeak"), peak("VmHWM")), time.process_time(), True
     try:
         inlay.load(model, path, "fr")
     except InlayError:
@@ -100,10 +103,10 @@ def test_no_hostile_folder_costs_memory_or_time(tmp_path: Path) -> None:
     really holds large tensors, and must be seen to cost what the others must not.
     """
     large = tmp_path / "large"
-    inlay.save(folders.adapted(folders.LoRA(rank=100_000, targets=["0"])), large)
+    inlay.save(folders.adapted(folders.LoRA(rank=WIDE, targets=["0"]), model=folders.base(WIDE)), large)
     paths = [HERE / name for name in HOSTILE]
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *map(str, [HERE / "harmless", *paths, large])],
+        [sys.executable, "-c", MEASURE, str(WIDE), *map(str, [HERE / "harmless", *paths, large])],
         capture_output=True,
         text=True,
         timeout=300,

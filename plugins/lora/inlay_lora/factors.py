@@ -133,7 +133,7 @@ class LowRank(LinearDelta):
         layer = Layer(site, method.r, method.scale, row or (site.in_features,))
         check_rank(method.id, layer)
         out, rank = site.out_features, method.r
-        if init.later:
+        if init.later and method.start.from_weight:
             self.down, self.up = init.zeros(rank, *layer.row), init.zeros(out, rank)
         else:
             down, up = method.start.factors(layer, init)

@@ -29,6 +29,7 @@ class LoftQ(Start):
 
     id: ClassVar[str] = "loftq"
     starts_as_identity: ClassVar[bool] = False
+    from_weight: ClassVar[bool] = True
 
     weights: str = setting()
 

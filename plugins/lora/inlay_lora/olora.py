@@ -24,6 +24,7 @@ class OLoRA(Start):
 
     id: ClassVar[str] = "olora"
     kept: ClassVar[bool] = True
+    from_weight: ClassVar[bool] = True
 
     def factors(self, layer: Layer, init: Init) -> Factors:
         q, r = torch.linalg.qr(layer.weight())

@@ -27,6 +27,7 @@ class PiSSA(Start):
 
     id: ClassVar[str] = "pissa"
     kept: ClassVar[bool] = True
+    from_weight: ClassVar[bool] = True
 
     niter: int | None = setting(None, least=0)
 

@@ -53,12 +53,14 @@ class Start(Strategy):
     that draws, or looks at the layer's weight, gives `factors`; one that `calibrates` sees data before
     the adapter is placed and gives `measure`. `kept` says that B₀A₀ is not zero and comes from the base:
     the change is then s·(B A − B₀A₀), the start kept beside the factors, and the base stays as it is.
-    `starts_as_identity` is false where B₀A₀ is meant to change the output.
+    `starts_as_identity` is false where B₀A₀ is meant to change the output. `from_weight` says that
+    `factors` needs the weight's values: it is not asked where a file's values come instead.
     """
 
     calibrates: ClassVar[bool] = False
     kept: ClassVar[bool] = False
     starts_as_identity: ClassVar[bool] = True
+    from_weight: ClassVar[bool] = False
 
     def factors(self, layer: Layer, init: Init) -> Factors:
         """Return A₀ (r, in), a kernel's rows flat or not, and B₀ (out, r); here Kaiming-uniform and zero."""
