@@ -42,7 +42,7 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
     "loha": (peft.LoHaConfig, {"r": 2, "alpha": 5}, "loha(rank=2, alpha=5, targets={})"),
     "loha, dense": (peft.LoHaConfig, {"r": 6, "alpha": 3}, "loha(rank=6, alpha=3, targets={})"),
     "c3a": (peft.C3AConfig, {"block_size": 8, "init_weights": "gaussian"}, "c3a(block_size=8, targets={})"),
-    "gralora": (peft.GraloraConfig, {"r": 4, "alpha": 6, "gralora_k": 2}, "gralora(rank=4, alpha=6, targets={})"),
+    "gralora": (peft.GraloraConfig, {"r": 4, "alpha": 6}, "gralora(rank=4, alpha=6, targets={})"),
     "gralora, hybrid": (
         peft.GraloraConfig,
         {"r": 8, "alpha": 6, "gralora_k": 4, "hybrid_r": 3},
@@ -137,13 +137,19 @@ def test_c3a_has_the_gradient_of_its_forward_where_peft_has_not(family: str) -> 
 
 def test_c3a_input_gradient_of_one_layer() -> None:
     base = nn.Sequential(nn.Linear(16, 16, bias=False)).double()
-    other = peft.get_peft_model(base, peft.C3AConfig(block_size=8, target_modules=["0"], init_weights="gaussian"))
+    other = peft.get_peft_model(
+        base, peft.C3AConfig(block_size=8, target_modules=["0"], init_weights="gaussian")
+    )
     kernel = next(p for p in other.parameters() if p.requires_grad)
     model = nn.Sequential(nn.Linear(16, 16, bias=False)).double()
-    model[0].weight.data.copy_(next(p for n, p in other.named_parameters() if n.endswith("base_layer.weight")))
+    model[0].weight.data.copy_(
+        next(p for n, p in other.named_parameters() if n.endswith("base_layer.weight"))
+    )
     inlay.attach(model, "c3a(block_size=8, targets=['0'])")
     deltas_of(model)["0"].kernel.data.copy_(kernel.detach())
-    x = torch.randn(3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    x = torch.randn(
+        3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True
+    )
     dense = model[0].weight.detach() + circulant(kernel.detach(), 16)
     outputs = [F.linear(x, dense), model(x), other(x)]
     assert distance(outputs[1], outputs[0]) < 1e-6
@@ -184,7 +190,9 @@ def test_convolutions(method: str, effective: bool) -> None:
         state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
         x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
         rank = 2 if method == "loha" else 1
-        config = kind(r=rank, alpha=2, use_effective_conv2d=effective, target_modules=["one", "two"], init_weights=False)
+        config = kind(
+            r=rank, alpha=2, use_effective_conv2d=effective, target_modules=["one", "two"], init_weights=False
+        )
         other = peft.get_peft_model(base, config).double().eval()
     model = Convolution().double().eval()
     model.load_state_dict(state)

@@ -16,7 +16,7 @@ USUAL = 256
 
 
 class Circulant(LinearDelta):
-    """Block (i, j) of ΔW (out, in) is C_ij[l, q] = w_ij[(q − l) mod b] / in: `kernel` = w (out/b, in/b, b)."""
+    """Block (i, j) of ΔW is C_ij[l, q] = w_ij[(q − l) mod b] / in: `kernel` = w (out/b, in/b, b)."""
 
     def __init__(self, site: Site, kernel: nn.Parameter) -> None:
         super().__init__()

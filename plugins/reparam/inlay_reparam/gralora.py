@@ -14,7 +14,7 @@ from inlay_reparam.sizes import divisors, need_divisor, need_rank
 
 
 class Granular(LinearDelta):
-    """Block (j, n) of ΔWᵀ is s·A_n[:, piece j] B_j[piece n, :]: `down` = A (k, in/k, r), `up` = B (k, r, out/k).
+    """Block (j, n) of ΔW: s·(A_n[:, piece j] B_j[piece n])ᵀ, `down` = A (k, in/k, r), `up` = B (k, r, out/k).
 
     With `hybrid_rank` a plain low-rank pair besides: `hybrid_down` (q, in), `hybrid_up` (out, q).
     """

@@ -30,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 
 
 class ParameterAdapter(WeightDelta):
-    """θ' = θ + f(θ D) U: `down` = Dᵀ (r, out) ~ U(±1/√out), `up` = Uᵀ (out, r) = 0. θ is b, or the rows of Wᵀ.
+    """θ' = θ + f(θ D) U: `down` = Dᵀ (r, out) ~ U(±1/√out), `up` = Uᵀ (out, r) = 0; θ = b, or rows of Wᵀ.
 
     After `hold`, θ' = θ + `shift`: the difference alone, shaped like θ.
     """
@@ -133,7 +133,8 @@ def is_zero(site: ModuleSite) -> bool:
 def drop_adapters(adapter: Adapter) -> None:
     """Give each delta the difference θ' − θ that its D and U make, and let them go."""
     for site, delta in adapter.placed:
-        assert isinstance(delta, ParameterAdapter) and delta.down is not None
+        assert isinstance(delta, ParameterAdapter)
+        assert delta.down is not None
         with torch.no_grad():
             level = adapter.below(site)
             change = delta.change(level)

@@ -68,7 +68,9 @@ class Fastfood(nn.Module):
         order = draw(lambda: torch.randperm(length, generator=g) % self.repeats, length)
         self.register_buffer("signs", signs, persistent=False)
         self.register_buffer("order", order.int(), persistent=False)
-        self.register_buffer("gains", draw(lambda: torch.randn(length, generator=g), length), persistent=False)
+        self.register_buffer(
+            "gains", draw(lambda: torch.randn(length, generator=g), length), persistent=False
+        )
 
     def forward(self, z: Tensor, matrix: Tensor) -> Tensor:
         """Return F(z), shaped like the tensor it moves, of z (d',)."""
@@ -112,7 +114,10 @@ class InSubspace(WeightDelta):
         space: Any = self.space.module
         z = space.z.to(torch.promote_types(space.z.dtype, torch.float32))
         with torch.autocast(z.device.type, enabled=False):
-            made = {name: space.scaled(getattr(self, name)(z, space.hadamard), n) for name, n in self.numbers.items()}
+            made = {
+                name: space.scaled(getattr(self, name)(z, space.hadamard), n)
+                for name, n in self.numbers.items()
+            }
         return Change(**made)
 
 

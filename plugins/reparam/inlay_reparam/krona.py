@@ -26,7 +26,9 @@ class KroneckerMethod(Method):
         super().__post_init__()
         if self.shape is not None and len(self.shape) != 2:
             raise ConfigError(
-                f"{self.id}: the shape of P is a pair", saw=f"shape={self.shape}", do="give (a1, a2), as (32, 24)"
+                f"{self.id}: the shape of P is a pair",
+                saw=f"shape={self.shape}",
+                do="give (a1, a2), as (32, 24)",
             )
 
     def shape_at(self, site: Site) -> tuple[int, int]:

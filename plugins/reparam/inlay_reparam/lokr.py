@@ -50,7 +50,8 @@ class LowRankKronecker(Rebuilt):
         """Return x ΔWᵀ (*, out) of x (*, in): neither ΔW nor w2 is formed."""
         if self.w2 is not None:
             return kron_linear(x, self.first(x), self.w2.to(x.dtype))
-        assert self.w2_up is not None and self.w2_down is not None
+        assert self.w2_up is not None
+        assert self.w2_down is not None
         return kron_linear(x, self.first(x), self.w2_down.to(x.dtype), self.w2_up.to(x.dtype))
 
     def product(self, like: Tensor) -> Tensor:
@@ -70,7 +71,8 @@ def product(
     """Return a factor in the dtype of `like`: itself, or up·down."""
     if whole is not None:
         return whole.to(like.dtype)
-    assert up is not None and down is not None
+    assert up is not None
+    assert down is not None
     return up.to(like.dtype) @ down.to(like.dtype)
 
 

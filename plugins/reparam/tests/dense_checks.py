@@ -1,4 +1,4 @@
-"""A method of linear layers beside its change ΔW (out, in), written out by the test from what is published."""
+"""A method of linear layers beside its change ΔW (out, in), which the test writes out from the paper."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def same_gradients(delta: nn.Module, change: Change, x: Tensor, shape: tuple[int
     """Assert that gradients of x and every tensor through `effect` are those through the dense ΔW."""
     assert isinstance(delta, LinearDelta)
     x = x.clone().requires_grad_()
-    direction = torch.randn(*x.shape[:-1], shape[0], dtype=x.dtype, generator=torch.Generator().manual_seed(0))
+    direction = torch.randn(
+        *x.shape[:-1], shape[0], dtype=x.dtype, generator=torch.Generator().manual_seed(0)
+    )
     own = dict(delta.named_parameters())
     for parameter in own.values():
         parameter.requires_grad_()

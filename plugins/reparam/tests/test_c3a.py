@@ -49,7 +49,9 @@ def test_blocks_of_odd_size_through_two_layers(block: int) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(30, 45), nn.Tanh(), nn.Linear(45, 15)).double()
     inlay.attach(model, C3A(block_size=block, init="gaussian", targets=["0", "2"]), seed=0)
-    x = torch.randn(2, 30, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(
+        2, 30, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(1)
+    )
     kernels = [p for d in deltas_of(model).values() for p in d.parameters()]
 
     def run(x: Tensor, *_: Tensor) -> Tensor:

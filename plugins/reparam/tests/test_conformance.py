@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hypothesis import strategies as st
@@ -42,7 +43,9 @@ CHOSEN = (None, ("linear",), ("attention", "up"))
 
 def kronecker(method: LoKr, site: Site) -> int:
     """Return l·m or r·(l + m), and k·n or r·(k + n)."""
-    (l, k), (m, n) = (factorization(s, method.decompose_factor) for s in (site.out_features, site.in_features))
+    (l, k), (m, n) = (
+        factorization(s, method.decompose_factor) for s in (site.out_features, site.in_features)
+    )
     r = method.rank
     first = r * (l + m) if method.decompose_both and r < max(l, m) / 2 else l * m
     return first + (r * (k + n) if r < max(k, n) / 2 else k * n)
@@ -74,6 +77,44 @@ class TestLoHa(MethodConformance):
     @staticmethod
     def parameters(method: LoHa, sites: Sequence[Site]) -> int:
         return sum(2 * method.rank * (s.in_features + s.out_features) for s in sites)
+
+
+def patches(sites: Sequence[Site]) -> Iterator[tuple[int, int, int]]:
+    """Yield (out, in, |kernel|) of convolutions."""
+    for site in sites:
+        rows, columns, *kernel = site.module.weight.shape  # type: ignore[union-attr]
+        yield rows, columns, math.prod(kernel)
+
+
+class TestLoKrOnConvolutions(TestLoKr):
+    configurations = st.builds(LoKr, **{**REBUILT, "rank": st.integers(1, 3)}, effective_conv=st.booleans())
+    families = ("vit",)
+    targets = (("embedding",),)
+    by_layer = False
+
+    @staticmethod
+    def parameters(method: LoKr, sites: Sequence[Site]) -> int:
+        found, r = 0, method.rank
+        for rows, columns, kernel in patches(sites):
+            (l, k), (m, n) = factorization(rows), factorization(columns)
+            low = r * (k + n) + r * r * kernel if method.effective_conv else r * (k + n * kernel)
+            found += l * m + (low if r < max(k, n) / 2 else k * n * kernel)
+        return found
+
+
+class TestLoHaOnConvolutions(TestLoHa):
+    configurations = st.builds(LoHa, **{**REBUILT, "rank": st.integers(1, 3)}, effective_conv=st.booleans())
+    families = ("vit",)
+    targets = (("embedding",),)
+    by_layer = False
+
+    @staticmethod
+    def parameters(method: LoHa, sites: Sequence[Site]) -> int:
+        found, r = 0, method.rank
+        for rows, columns, kernel in patches(sites):
+            size = rows + columns + r * kernel if method.effective_conv else rows + columns * kernel
+            found += 2 * r * size
+        return found
 
 
 class TestC3A(MethodConformance):
@@ -190,9 +231,16 @@ class TestHiWi(MethodConformance):
 
 class TestIntrinsicSAID(MethodConformance):
     method = IntrinsicSAID
-    configurations = st.builds(
-        IntrinsicSAID, d=st.sampled_from([80, 200]), said=st.booleans()
-    ) | st.builds(IntrinsicSAID, d=st.just(16), said=st.just(False), projection=st.just("dense"))
+    configurations = st.sampled_from(
+        [
+            IntrinsicSAID(d=80),
+            IntrinsicSAID(d=200, key=1),
+            IntrinsicSAID(d=80, said=False),
+            IntrinsicSAID(
+                d=16, said=False, projection="dense"
+            ),  # a matrix of D rows: no larger one is loaded
+        ]
+    )
     targets = (("linear", "norm"), ("query", "up"), ("embedding", "norm"))
 
     @staticmethod
@@ -202,7 +250,9 @@ class TestIntrinsicSAID(MethodConformance):
 
     @staticmethod
     def merges(method: IntrinsicSAID, family: str) -> bool:
-        tied = family in ("gpt2", "t5") and "embedding" in (method.targets or ())  # to the head, to the other side
+        tied = family in ("gpt2", "t5") and "embedding" in (
+            method.targets or ()
+        )  # to the head, to the other side
         return not tied or method.layers is not None
 
 

@@ -113,7 +113,11 @@ def test_dropout_acts_on_what_is_read_and_only_in_training() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "text"),
-    [({"rank": 0}, "rank=0"), ({"k": 0}, "k=0"), ({"rank": 6, "k": 4}, r"rank=6, k=4[\s\S]*among 1, 2, 3, 6,")],
+    [
+        ({"rank": 0}, "rank=0"),
+        ({"k": 0}, "k=0"),
+        ({"rank": 6, "k": 4}, r"rank=6, k=4[\s\S]*among 1, 2, 3, 6,"),
+    ],
 )
 def test_settings_are_checked(settings: dict[str, object], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
@@ -123,8 +127,14 @@ def test_settings_are_checked(settings: dict[str, object], text: str) -> None:
 @pytest.mark.parametrize(
     ("method", "text"),
     [
-        (GraLoRA(rank=6, k=3, targets=["query"]), r"gralora: k does not divide[\s\S]*both: 1, 2, 4, 8, 16, 32"),
-        (GraLoRA(rank=24, targets=["value"]), r"rank \+ hybrid_rank is larger than the layer[\s\S]*at most 16"),
+        (
+            GraLoRA(rank=6, k=3, targets=["query"]),
+            r"gralora: k does not divide[\s\S]*both: 1, 2, 4, 8, 16, 32",
+        ),
+        (
+            GraLoRA(rank=24, targets=["value"]),
+            r"rank \+ hybrid_rank is larger than the layer[\s\S]*at most 16",
+        ),
     ],
 )
 def test_sizes_are_checked_before_the_model_is_touched(method: GraLoRA, text: str) -> None:

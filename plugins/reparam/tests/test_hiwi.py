@@ -73,7 +73,11 @@ def found_names(found: dict[str, Tensor], site: str) -> list[str]:
 
 
 def by_hand(
-    model: nn.Module, site: str, batch: dict[str, Tensor], new: tuple[Tensor, Tensor | None], own: list[Tensor]
+    model: nn.Module,
+    site: str,
+    batch: dict[str, Tensor],
+    new: tuple[Tensor, Tensor | None],
+    own: list[Tensor],
 ) -> tuple[Tensor, ...]:
     """Return the gradients of a layer's own tensors, its output replaced by that of (W', b')."""
 
@@ -150,7 +154,10 @@ def test_folding_reads_what_lies_below() -> None:
     for site, delta in deltas_of(model).items():
         with torch.no_grad():
             for p in delta.parameters():
-                p.add_(0.3 * torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(len(site))))
+                p.add_(
+                    0.3
+                    * torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(len(site)))
+                )
     batch = batch_for(model)
     before = model(**batch).logits
     fold(model, "default")
@@ -175,7 +182,9 @@ def test_folding_twice_is_refused() -> None:
 
 def test_layers_without_a_bias_are_refused_by_name() -> None:
     model = settled("llama")
-    with pytest.raises(ConfigError, match=r"a layer has no bias to adapt[\s\S]*layers.0.mlp.up_proj, [\s\S]*4 of 4"):
+    with pytest.raises(
+        ConfigError, match=r"a layer has no bias to adapt[\s\S]*layers.0.mlp.up_proj, [\s\S]*4 of 4"
+    ):
         inlay.attach(model, HiWi())
     assert "_inlay_state" not in vars(model)
 
@@ -193,7 +202,8 @@ def test_settings_are_checked(setting: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "method"), [("bert", HiWi(targets=LINEAR)), ("bert", HiWi(target="weight")), ("llama", HiWi(target="weight"))]
+    ("family", "method"),
+    [("bert", HiWi(targets=LINEAR)), ("bert", HiWi(target="weight")), ("llama", HiWi(target="weight"))],
 )
 def test_it_learns(family: str, method: HiWi) -> None:
     learns(family, method)

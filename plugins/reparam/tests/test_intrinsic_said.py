@@ -129,7 +129,10 @@ def test_scales_learn_once_z_moved() -> None:
     inlay.attach(model, IntrinsicSAID(d=200), seed=0)
     batch = batch_for(model, labels=True)
     first = gradients(model, batch)
-    assert {name.rpartition(".")[2]: bool(g.any()) for name, g in first.items()} == {"z": True, "scales": False}
+    assert {name.rpartition(".")[2]: bool(g.any()) for name, g in first.items()} == {
+        "z": True,
+        "scales": False,
+    }
     torch.optim.AdamW(inlay.parameter_groups(model)).step()
     assert all(g.any() for g in gradients(model, batch).values())
 
@@ -172,7 +175,9 @@ def test_a_tied_tensor_is_moved_once() -> None:
         said(model).z.normal_(generator=torch.Generator().manual_seed(0))
     batch = batch_for(model)
     y = model(**batch).logits.detach()
-    moves = {n: d.weight(said(model).z, said(model).hadamard).detach() for n, d in deltas.items() if n != "lm_head"}
+    moves = {
+        n: d.weight(said(model).z, said(model).hadamard).detach() for n, d in deltas.items() if n != "lm_head"
+    }
     other = settled("gpt2").double()
     with torch.no_grad():
         for name, move in moves.items():

@@ -60,7 +60,9 @@ def test_gradients_are_those_of_the_sum() -> None:
     (delta,) = deltas_of(adapted("bert", method)).values()
     tensors = list(delta.reached())
     assert len(tensors) == 5  # p, t, u, v, c
-    x = torch.randn(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    x = torch.randn(
+        3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True
+    )
     found = torch.autograd.grad(delta(x, x, None).square().sum(), [x, *tensors])
     dense = F.linear(x, change(delta, method.scale), delta.shared.bias)
     expected = torch.autograd.grad(dense.square().sum(), [x, *tensors])
@@ -90,7 +92,11 @@ def test_slow_factors_are_one_per_role_and_biases_one_per_layer() -> None:
     assert query.slow.module is not value.slow.module
     assert value.shared.module is query.shared
     assert isinstance(other.shared, nn.Module)
-    named = [name for name, _ in model.named_parameters() if name.endswith((".p", ".t", ".bias")) and "inlay" in name]
+    named = [
+        name
+        for name, _ in model.named_parameters()
+        if name.endswith((".p", ".t", ".bias")) and "inlay" in name
+    ]
     assert len(named) == 4 + 2
     model(**batch_for(model, labels=True)).loss.backward()
     assert query.v.grad.any()
@@ -139,7 +145,9 @@ def test_layers_outside_of_blocks_have_biases_of_their_own() -> None:
 
 def test_sizes_are_checked_before_the_model_is_touched() -> None:
     model = settled("llama")
-    with pytest.raises(ConfigError, match=r"kadaptation: n does not divide[\s\S]*n=32 at [\s\S]*1, 2, 4, 8, 16;"):
+    with pytest.raises(
+        ConfigError, match=r"kadaptation: n does not divide[\s\S]*n=32 at [\s\S]*1, 2, 4, 8, 16;"
+    ):
         inlay.attach(model, KAdaptation())
     assert "_inlay_state" not in vars(model)
 

@@ -36,7 +36,11 @@ def change_of(method: KronA) -> object:
 
 @pytest.mark.parametrize(
     "method",
-    [KronA(scale=3.0, targets=LINEAR), KronA(shape=(8, 2), targets=LINEAR), KronA(shape=(2, 16), targets=LINEAR)],
+    [
+        KronA(scale=3.0, targets=LINEAR),
+        KronA(shape=(8, 2), targets=LINEAR),
+        KronA(shape=(2, 16), targets=LINEAR),
+    ],
 )
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_output_merge_and_gradients_are_the_formulas(family: str, method: KronA) -> None:
@@ -111,7 +115,8 @@ PARALLEL = (
 
 @pytest.mark.parametrize("method", PARALLEL)
 @pytest.mark.parametrize(
-    ("family", "sublayer", "reads"), [("llama", "model.layers.0.mlp", "up_proj"), ("gpt2", "transformer.h.0.mlp", "c_fc")]
+    ("family", "sublayer", "reads"),
+    [("llama", "model.layers.0.mlp", "up_proj"), ("gpt2", "transformer.h.0.mlp", "c_fc")],
 )
 def test_beside_the_feed_forward(family: str, sublayer: str, reads: str, method: KronAB) -> None:
     model = adapted(family, method)
@@ -131,7 +136,9 @@ def test_beside_the_feed_forward(family: str, sublayer: str, reads: str, method:
 def test_gradients_beside_a_sublayer() -> None:
     model = adapted("llama", KronABRes(bias=True), num_hidden_layers=1)
     (delta,) = deltas_of(model).values()
-    x = torch.randn(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    x = torch.randn(
+        3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True
+    )
     own = dict(delta.named_parameters())
     found = torch.autograd.grad(delta(x, x, None).square().sum(), [x, *own.values()])
     t = {name: value.requires_grad_() for name, value in values(delta).items()}
@@ -172,7 +179,7 @@ def test_settings_are_checked(make: object, text: str) -> None:
 
 def test_a_shape_that_does_not_divide_is_refused_with_those_that_do() -> None:
     model = settled("llama")
-    text = r"krona: the shape of P does not divide[\s\S]*v_proj \(in 32, out 16\)[\s\S]*a1 among 1, 2, 4, 8, 16 and"
+    text = r"the shape of P does not divide[\s\S]*v_proj \(in 32, out 16\)[\s\S]*a1 among 1, 2, 4, 8, 16 and"
     with pytest.raises(ConfigError, match=text):
         inlay.attach(model, KronA(shape=(32, 8), targets=["value"]))
     assert "_inlay_state" not in vars(model)

@@ -107,9 +107,7 @@ def kernel_of(t: Mapping[str, Tensor], s: float, shape: torch.Size) -> Tensor:
     """Return ΔW of a convolution, in the flattened or the effective form, from published formulas."""
     if "core1" not in t:
         return (s * (t["up1"] @ t["down1"]) * (t["up2"] @ t["down2"])).view(shape)
-    one, two = (
-        torch.einsum("ij...,jr,ip->pr...", t[f"core{j}"], t[f"down{j}"], t[f"up{j}"]) for j in (1, 2)
-    )
+    one, two = (torch.einsum("ij...,jr,ip->pr...", t[f"core{j}"], t[f"down{j}"], t[f"up{j}"]) for j in (1, 2))
     return s * one * two
 
 
@@ -166,7 +164,9 @@ def test_settings_are_checked(settings: dict[str, object], text: str) -> None:
 
 def test_a_rank_above_the_layers_is_refused() -> None:
     model = settled("llama")
-    with pytest.raises(ConfigError, match=r"loha: rank is larger than the layer[\s\S]*k_proj \(in 32, out 16\)"):
+    with pytest.raises(
+        ConfigError, match=r"loha: rank is larger than the layer[\s\S]*k_proj \(in 32, out 16\)"
+    ):
         inlay.attach(model, LoHa(rank=20, targets=["key"]))
     assert "_inlay_state" not in vars(model)
 

@@ -66,9 +66,7 @@ def test_factorization() -> None:
 
 def test_a_kronecker_product_is_never_formed_and_the_same() -> None:
     g = torch.Generator().manual_seed(0)
-    x, left, right = (
-        torch.randn(*s, dtype=torch.float64, generator=g) for s in ((2, 7, 15), (4, 3), (6, 5))
-    )
+    x, left, right = (torch.randn(*s, dtype=torch.float64, generator=g) for s in ((2, 7, 15), (4, 3), (6, 5)))
     up = torch.randn(8, 6, dtype=torch.float64, generator=g)
     assert distance(kron_linear(x, left, right), x @ torch.kron(left, right).T) < 1e-12
     assert distance(kron_linear(x, left, right, up), x @ torch.kron(left, up @ right).T) < 1e-12

@@ -125,7 +125,7 @@ def _merges_into_few_bits(model: nn.Module, case: Case, kind: str) -> None:
 
 
 class Plain(nn.Module):
-    """Three linear layers, of sizes with many divisors, and nothing of transformers; a loss if there are labels."""
+    """Three linear layers whose sizes have many divisors; with labels it gives a loss beside its logits."""
 
     def __init__(self) -> None:
         super().__init__()
