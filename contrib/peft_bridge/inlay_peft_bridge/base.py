@@ -19,7 +19,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def configuration(base: str, **changes: Any) -> Any:
-    """Return the configuration of a model folder or config.json; nothing is downloaded, no code of it runs."""
+    """Return the configuration of a model folder or config.json: nothing downloaded, no code of it run."""
     from transformers import AutoConfig
     from transformers.utils import logging
 

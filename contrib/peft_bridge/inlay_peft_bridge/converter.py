@@ -38,7 +38,8 @@ class Place:
                 saw=f"only the shape of {self.path} is known",
                 do="name a base folder that holds its weights",
             )
-        return read(self.site)[0]
+        weight: Tensor = read(self.site)[0]
+        return weight
 
 
 def same_tensors(tensors: Tensors, place: Place) -> Tensors:

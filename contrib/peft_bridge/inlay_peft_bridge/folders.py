@@ -70,7 +70,7 @@ def loaded(folder: Path, content: Any, base: str, weights: bool) -> Any:
         except CheckpointError as error:
             wrong = wrong or error
         else:
-            model.name_or_path = base
+            model.name_or_path = base  # type: ignore[assignment]
             return model
     assert wrong is not None
     raise wrong

@@ -158,16 +158,16 @@ def fill(model: nn.Module, name: str, converter: Converter, contents: Contents, 
     for placed in need_state(model).find(name):
         for place, held in places(placed.adapter, placed.method.to_dict()):
             given = left.pop(place.path)
-            if placed.method.id == converter.method:
-                given = converter.read(given, place)
-            elif place.site.kind == "conv1d" and "weight" in given:
-                given = {**given, "weight": given["weight"].T}
             if given.keys() != held.keys():
                 raise refused(
                     "a layer's tensors are not those of the method",
                     saw=f"{place.path}: {sorted(given)}, needed {sorted(held)}",
                     do="name the base model that it was trained on",
                 )
+            if placed.method.id == converter.method:
+                given = converter.read(given, place)
+            elif place.site.kind == "conv1d" and "weight" in given:
+                given = {**given, "weight": given["weight"].T}
             for key, (owner, leaf) in held.items():
                 old = owner._parameters[leaf]
                 assert old is not None

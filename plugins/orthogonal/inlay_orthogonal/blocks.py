@@ -37,6 +37,12 @@ def series(s: Tensor, terms: int) -> Tensor:
     return change
 
 
+def within(s: Tensor, radius: float) -> Tensor:
+    """Return S (k, b, b) with each block whose Frobenius norm is above `radius` scaled down to it."""
+    norm = s.norm(dim=(-2, -1), keepdim=True)
+    return s * (radius / norm.clamp(min=radius))
+
+
 def by_blocks(x: Tensor, blocks: Tensor) -> Tensor:
     """Return x (*, k·b) times the block diagonal of blocks (k, b, b), or of one (1, b, b) repeated."""
     if len(blocks) == 1:

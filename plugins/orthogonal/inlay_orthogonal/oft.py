@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inlay.authoring import Init, Method, Site, setting
-from inlay_orthogonal.blocks import by_blocks, cayley, check_divides, series, skew, some_left_out
+from inlay_orthogonal.blocks import by_blocks, cayley, check_divides, series, skew, some_left_out, within
 from inlay_orthogonal.rotation import Rotated, Rotation, rotated, width
 
 
@@ -29,26 +29,11 @@ class Blocks(Rotation):
         with torch.autocast(x.device.type, enabled=False):
             s = skew(self.skew, method.block_size)
             if method.epsilon is not None:
-                s = self.constrained(s, method.epsilon)
+                s = within(s, method.epsilon / len(s) ** 0.5)
             change = cayley(s) if method.cayley == "exact" else series(s, method.terms)
         if method.dropout and self.training:
             change = some_left_out(change[None], method.dropout)[0]
         return by_blocks(x, (change.mT if back else change).to(x.dtype))
-
-    def constrained(self, s: Tensor, epsilon: float) -> Tensor:
-        """Return S (k, b, b) with ‖S‖ ≤ ε/√k in each block; in training the parameter moves there too.
-
-        Its gradient is taken at the projected point, as if the parameter had been there (COFT).
-        """
-        with torch.no_grad():
-            radius = epsilon / len(s) ** 0.5
-            norm = s.norm(dim=(-2, -1))
-            outside = norm > radius * (1 + 8 * torch.finfo(self.skew.dtype).eps)
-            factor = torch.where(outside, radius / norm, 1.0)[:, None]
-            if self.training:
-                self.skew.mul_(factor.to(self.skew.dtype))
-            back = (factor[..., None] - 1) * s
-        return s + back
 
 
 @dataclass(frozen=True)
@@ -60,13 +45,14 @@ class OFT(Method):
     S_i skew, kept as its strict upper triangle, 0 at the start; W' = W Rᵀ keeps the norms of W's
     rows and the angles between them. cayley="series" (T = `terms`: I + 2S + … + 2S^(T−2) + S^(T−1),
     the faster) needs ‖S‖ < 1 and is orthogonal up to ‖S‖^(2T−2) for even T; "exact" solves.
-    `shared`: one block for all of a layer. `epsilon` keeps ‖S_i‖ ≤ ε/√k (COFT). `dropout` leaves
+    `shared`: one block for all of a layer. `epsilon` scales S_i down to ‖S_i‖ ≤ ε/√k (COFT). `dropout` leaves
     that share of the blocks unturned in training. Convolutions: W of (out, in·|kernel|) is turned;
     embeddings: their rows, e = E[t] R.
 
     Parameters: in·(b − 1)/2 per layer, (b − 1)·b/2 if shared. arXiv 2306.07280, Zeju1997/oft;
     series and turned inputs: OFTv2. Differs: the authors turn the other way (S for −S), as peft
-    does without its series; peft takes 5 terms, which is less orthogonal than 4.
+    does without its series; peft takes 5 terms, which is less orthogonal than 4. COFT's limit is part of
+    the formula and its gradient; they write the limited S back into the parameter in each forward.
     """
 
     id: ClassVar[str] = "oft"
