@@ -74,6 +74,9 @@ class Converter:
       list modules; `own_config` gives a site's own values of either, for a list true or false.
     - `join` makes of the slices of one fused layer, each with tensors in peft's values and its
       configuration, the tensors of the whole layer and its configuration. Without it slices are refused.
+    - `shared` maps peft's names of tensors that all layers share to their names among the adapter's shared
+      parts, `write_shared` makes peft's shapes of them, `repeats` says that peft saves them at each layer
+      too; `buffers` are tensors at a site that do not learn and are saved.
     - `needs_weights` says that `read` and `write` ask for the base's weights.
     """
 
@@ -92,6 +95,10 @@ class Converter:
     lists: frozenset[str] = frozenset()
     own_config: Callable[[Place], dict[str, Any]] = no_own_config
     join: Join | None = None
+    shared: Mapping[str, str] = field(default_factory=dict)
+    write_shared: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
+    repeats: bool = False
+    buffers: frozenset[str] = frozenset()
     needs_weights: bool = False
 
     def applies(self, config: Config) -> bool:

@@ -14,7 +14,7 @@ from inlay.hosts import own_class
 from inlay.stack import Placed, need_state
 from inlay_peft_bridge import files
 from inlay_peft_bridge.converter import Converter, Place, Tensors
-from inlay_peft_bridge.load import PREFIX, TRAINED, places
+from inlay_peft_bridge.load import PREFIX, TRAINED, kept_in, parts_shared, places
 from inlay_peft_bridge.report import Report, refused
 from inlay_peft_bridge.table import for_method
 
@@ -42,6 +42,7 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "defau
                     do="convert them one by one: to_peft(model, folder, name), or merge them",
                 )
             layers[path] = layer
+    shared = shared_by(own, converter)
     whole = [(place, held) for part in parts if part not in own for place, held in places(part.adapter, {})]
     config = common(layers, converter)
     tensors = {
@@ -52,6 +53,9 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "defau
     for place, held in whole:
         for key, (owner, leaf) in held.items():
             tensors[f"{PREFIX}{place.path}.{key}"] = stored_as(place, owner.get_parameter(leaf))
+    tensors |= {f"base_model.{there}": tensor for there, tensor in shared.items()}
+    for path in layers if converter.repeats else ():
+        tensors |= {f"{PREFIX}{path}.{there}": tensor for there, tensor in shared.items()}
     base = str(getattr(model, "name_or_path", "")) or None
     files.write(Path(folder), {
         "peft_type": converter.peft_type, "peft_version": files.FORMAT, "base_model_name_or_path": base,
@@ -60,6 +64,24 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "defau
     }, tensors)  # fmt: skip
     count = sum(t.numel() for t in tensors.values())
     return Report(converter.method, converter.peft_type, len(layers) + len(whole), len(tensors), count)
+
+
+def shared_by(parts: Sequence[Placed], converter: Converter) -> Tensors:
+    """Return the tensors that all layers share, under peft's names."""
+    if converter.shared and len(parts) > 1:
+        raise refused(
+            "in peft all layers share the same matrices, and here each part has its own",
+            saw=", ".join(part.part_name for part in parts),
+            do="convert them one by one: to_peft(model, folder, 'name/part')",
+        )
+    if not converter.shared:
+        return {}
+    held = dict(parts_shared(parts[0].adapter, converter))
+    found: Tensors = {}
+    for there, here in converter.shared.items():
+        owner, leaf = held[here]
+        found[there] = converter.write_shared(there, kept_in(owner, leaf)[leaf].detach())
+    return found
 
 
 def the_converter(parts: Sequence[Placed]) -> Converter:
@@ -79,14 +101,14 @@ def layers_of(part: Placed, converter: Converter) -> dict[str, Layer]:
     settings = part.method.to_dict()
     base = converter.config_of(settings)
     found: dict[str, list[tuple[Place, Layer]]] = {}
-    for place, held in places(part.adapter, settings):
+    for place, held in places(part.adapter, settings, converter.buffers):
         if place.site.expert is not None:
             raise refused(
                 "an expert's matrix is no module, and peft has no place for its adapter",
                 saw=place.site.name,
                 do="merge the adapter instead: inlay merge",
             )
-        values = {key: owner.get_parameter(leaf).detach() for key, (owner, leaf) in held.items()}
+        values = {key: kept_in(owner, leaf)[leaf].detach() for key, (owner, leaf) in held.items()}
         layer = (converter.write(values, place), {**base, **converter.own_config(place)})
         found.setdefault(place.path, []).append((place, layer))
     return {path: joined(path, at, converter) for path, at in found.items()}

@@ -37,6 +37,7 @@ class Contents:
     adapter: dict[str, Tensors] = field(default_factory=dict)
     trained: dict[str, Tensors] = field(default_factory=dict)
     copies: dict[str, Tensor] = field(default_factory=dict)
+    shared: Tensors = field(default_factory=dict)
 
 
 def from_peft(folder: str | os.PathLike[str], model: nn.Module, name: str = "default") -> Report:
@@ -81,13 +82,19 @@ def neutral(value: Any) -> bool:
 def sorted_out(tensors: Mapping[str, Tensor], config: Config, converter: Converter) -> Contents:
     """Return the checkpoint's tensors by what they are."""
     contents, unknown = Contents(), []
+    again: list[tuple[str, Tensor]] = []  # of what all layers share, as some methods save it at each
     for key, tensor in tensors.items():
         place = key.removeprefix(PREFIX)
+        if (common := key.removeprefix("base_model.")) in converter.shared:
+            contents.shared[converter.shared[common]] = tensor
+            continue
         leaf = next((leaf for leaf in converter.tensors if place.endswith(f".{leaf}")), None)
         module, _, last = place.rpartition(".")
         if leaf is not None:
             here = contents.adapter.setdefault(place.removesuffix(f".{leaf}"), {})
             here[converter.tensors[leaf]] = tensor
+        elif last in converter.shared:
+            again.append((converter.shared[last], tensor))
         elif place.endswith(".base_layer.weight"):
             contents.copies[place.removesuffix(".base_layer.weight")] = tensor
         elif last in ("weight", "bias") and saved_whole(module, config):
@@ -96,6 +103,7 @@ def sorted_out(tensors: Mapping[str, Tensor], config: Config, converter: Convert
             unknown.append(key)
         if not key.startswith(PREFIX):
             unknown.append(key)
+    unknown += [k for k, t in again if k not in contents.shared or not torch.equal(t, contents.shared[k])]
     if unknown or not contents.adapter:
         raise refused(
             "the checkpoint holds tensors of another kind than its configuration says",
@@ -156,7 +164,9 @@ def fill(model: nn.Module, name: str, converter: Converter, contents: Contents, 
     left = {**contents.adapter, **contents.trained}
     rounded: set[str] = set()
     for placed in need_state(model).find(name):
-        for place, held in places(placed.adapter, placed.method.to_dict()):
+        if placed.method.id == converter.method:
+            fill_shared(placed.adapter, converter, contents, report)
+        for place, held in places(placed.adapter, placed.method.to_dict(), converter.buffers):
             given = left.pop(place.path)
             if given.keys() != held.keys():
                 raise refused(
@@ -169,7 +179,7 @@ def fill(model: nn.Module, name: str, converter: Converter, contents: Contents, 
             elif place.site.kind == "conv1d" and "weight" in given:
                 given = {**given, "weight": given["weight"].T}
             for key, (owner, leaf) in held.items():
-                old = owner._parameters[leaf]
+                old = kept_in(owner, leaf)[leaf]
                 assert old is not None
                 value = fitted(given[key], old.shape, f"{place.path}: {key}")
                 if value.dtype != old.dtype:
@@ -180,7 +190,37 @@ def fill(model: nn.Module, name: str, converter: Converter, contents: Contents, 
     report.notes += [f"values were rounded from {what}, the base's" for what in sorted(rounded)]
 
 
-def places(adapter: Adapter, settings: Config) -> Iterator[tuple[Place, dict[str, tuple[nn.Module, str]]]]:
+def fill_shared(adapter: Adapter, converter: Converter, contents: Contents, report: Report) -> None:
+    """Put the tensors that all layers share into their one place; what a key makes again may be left out."""
+    expected = {key for key, _ in parts_shared(adapter, converter)}
+    if contents.shared.keys() != expected:
+        raise refused(
+            "the tensors that all layers share are not in the checkpoint",
+            saw=f"{sorted(contents.shared) or 'none'}, needed {sorted(expected)}",
+            do="save it in peft with save_projection=True: other libraries draw other numbers",
+        )
+    for key, (owner, leaf) in parts_shared(adapter, converter):
+        old = kept_in(owner, leaf)[leaf]
+        assert old is not None
+        put(owner, leaf, fitted(contents.shared[key], old.shape, key))
+        report.tensors, report.parameters = report.tensors + 1, report.parameters + old.numel()
+
+
+def parts_shared(adapter: Adapter, converter: Converter) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
+    """Yield the names of an adapter's shared tensors here, with where they are held."""
+    for key in converter.shared.values():
+        owner, _, leaf = key.rpartition(".")
+        yield key, (adapter.shared.get_submodule(owner), leaf)
+
+
+def kept_in(owner: nn.Module, leaf: str) -> dict[str, Any]:
+    """Return the mapping that holds a module's tensor: its parameters or its buffers."""
+    return owner._parameters if leaf in owner._parameters else owner._buffers
+
+
+def places(
+    adapter: Adapter, settings: Config, buffers: frozenset[str] = frozenset()
+) -> Iterator[tuple[Place, dict[str, tuple[nn.Module, str]]]]:
     """Yield each site of an adapter with where its tensors are held, by their names at a site."""
     by_site: dict[str, list[Any]] = {}
     for site, delta in adapter.placed:
@@ -188,18 +228,21 @@ def places(adapter: Adapter, settings: Config) -> Iterator[tuple[Place, dict[str
     for site, deltas in by_site.values():
         held = {}
         for number, delta in enumerate(deltas):
-            for key, _ in delta.named_parameters():
+            names = [n for n, _ in delta.named_parameters()]
+            for key in [*names, *(n for n, _ in delta.named_buffers() if n in buffers)]:
                 owner, _, leaf = key.rpartition(".")
                 held[f"#{number}.{key}" if number else key] = (delta.get_submodule(owner), leaf)
         yield Place(site, site.name.split("[")[0], deltas, settings), held
 
 
 def put(owner: nn.Module, leaf: str, value: Tensor) -> None:
-    """Give a parameter its value; one on the meta device becomes real."""
-    old = owner._parameters[leaf]
+    """Give a tensor its value; one on the meta device becomes real."""
+    held = kept_in(owner, leaf)
+    old = held[leaf]
     assert old is not None
     if old.is_meta:
-        owner._parameters[leaf] = nn.Parameter(value.to(old.dtype).clone(), old.requires_grad)
+        made = value.to(old.dtype).clone()
+        held[leaf] = nn.Parameter(made, old.requires_grad) if isinstance(old, nn.Parameter) else made
         return
     with torch.no_grad():
         old.copy_(value)

@@ -109,3 +109,76 @@ MISS = Converter(
     write_config=write_miss,
     reads=frozenset({"init_weights"}),
 )
+
+VERA = Converter(
+    "VERA",
+    "vera",
+    {"vera_lambda_d": "lambda_d", "vera_lambda_b": "lambda_b"},
+    settings={
+        "r": "rank", "vera_dropout": "dropout", "d_initial": "d_initial", "projection_prng_key": "key",
+    },
+    read_config=lambda config: {"save_projection": True},
+    write_config=lambda settings: {"save_projection": True},
+    reads=frozenset({"save_projection"}),
+    starts=STARTS,
+    shared={"vera_A": "projections.A", "vera_B": "projections.B"},
+)  # fmt: skip
+
+RANDLORA = Converter(
+    "RANDLORA",
+    "randlora",
+    {"randlora_lambda": "scales", "randlora_gamma": "gains"},
+    settings={
+        "r": "rank", "randlora_alpha": "alpha", "randlora_dropout": "dropout", "projection_prng_key": "key",
+    },
+    read_config=lambda config: {"save_projection": True, "bases": bases(config)},
+    write_config=lambda settings: {
+        "save_projection": True,
+        "sparse": settings["bases"] == "sparse",
+        "very_sparse": settings["bases"] == "very_sparse",
+    },
+    reads=frozenset({"save_projection", "sparse", "very_sparse"}),
+    starts=STARTS,
+    shared={"randlora_A": "bases.A", "randlora_B": "bases.B"},
+    repeats=True,
+    write_shared=lambda name, tensor: tensor[:, None] if name.endswith("A") else tensor,
+)  # fmt: skip
+
+
+def bases(config: Config) -> str:
+    """Return how the frozen matrices were drawn."""
+    return "very_sparse" if config.get("very_sparse") else "sparse" if config.get("sparse") else "uniform"
+
+
+VBLORA = Converter(
+    "VBLORA",
+    "vblora",
+    {"vblora_logits_A": "down.logits", "vblora_logits_B": "up.logits"},
+    settings={
+        "r": "rank", "num_vectors": "num_vectors", "vector_length": "vector_length", "topk": "top_k",
+        "vblora_dropout": "dropout", "init_vector_bank_bound": "bound", "init_logits_std": "logits_std",
+    },
+    shared={"vblora_vector_bank": "bank.vectors"},
+)  # fmt: skip
+
+DELORA = Converter(
+    "DELORA",
+    "delora",
+    {"delora_A": "down", "delora_B": "up", "delora_lambda": "strength", "delora_w_norm": "norms"},
+    settings={"r": "rank", "delora_lambda": "strength", "module_dropout": "dropout"},
+    read_config=lambda config: {"start": "zero"},
+    write_config=lambda settings: from_zero(settings),
+    starts=STARTS,
+    buffers=frozenset({"norms"}),
+    patterns={"rank_pattern": "r", "lambda_pattern": "delora_lambda"},
+)
+
+
+def from_zero(settings: Config) -> dict[str, Any]:
+    if settings["start"] != "zero":
+        raise refused(
+            "peft's DeLoRA has no start to subtract",
+            saw=f"start={settings['start']!r}",
+            do='train with start="zero", or write it as a LoRA: inlay.to_lora',
+        )
+    return {}

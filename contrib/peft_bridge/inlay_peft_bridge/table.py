@@ -5,12 +5,25 @@ from __future__ import annotations
 from inlay_peft_bridge.converter import Config, Converter
 from inlay_peft_bridge.lora import DORA, LORA
 from inlay_peft_bridge.orthogonal import BOFT, HRA, OFT, ROAD
-from inlay_peft_bridge.reparam import C3A, FOURIERFT, GRALORA, LOHA, LOKR, MISS, WAVEFT
+from inlay_peft_bridge.reparam import (
+    C3A,
+    DELORA,
+    FOURIERFT,
+    GRALORA,
+    LOHA,
+    LOKR,
+    MISS,
+    RANDLORA,
+    VBLORA,
+    VERA,
+    WAVEFT,
+)
 from inlay_peft_bridge.report import refused
 from inlay_peft_bridge.scaling import IA3
 
 CONVERTERS: tuple[Converter, ...] = (
     LORA, DORA, IA3, OFT, BOFT, HRA, ROAD, LOHA, LOKR, FOURIERFT, WAVEFT, C3A, GRALORA, MISS,
+    VERA, RANDLORA, VBLORA, DELORA,
 )  # fmt: skip
 
 

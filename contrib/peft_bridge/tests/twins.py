@@ -96,6 +96,19 @@ TWINS = {
     "miss-bat": Twin(
         over("MissConfig", r=8, init_weights="bat"), "miss(rank=8, mode='bat', targets=TARGETS)", UNTURNED
     ),
+    "vera": Twin(over("VeraConfig", r=5, projection_prng_key=3), "vera(rank=5, key=3, targets=TARGETS)"),
+    "randlora": Twin(
+        over("RandLoraConfig", r=5, randlora_alpha=4), "randlora(rank=5, alpha=4, targets=TARGETS)"
+    ),
+    "vblora": Twin(
+        over("VBLoRAConfig", r=3, num_vectors=6, vector_length=8),
+        "vblora(rank=3, num_vectors=6, vector_length=8, targets=TARGETS)",
+    ),
+    "delora": Twin(
+        over("DeloraConfig", r=4, delora_lambda=2.0),
+        "delora(rank=4, strength=2, start='zero', targets=TARGETS)",
+        UNTURNED,
+    ),
     "lora-bias": Twin(
         over("LoraConfig", r=4, lora_bias=True), "lora(rank=4, bias='own', targets=TARGETS)", ("gpt2", "bert")
     ),
