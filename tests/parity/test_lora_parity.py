@@ -26,6 +26,9 @@ def renamed(family: str, model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, tensor in own(model).items():
         path, _, leaf = name.removesuffix(".weight").rpartition(".")
+        if leaf == "bias":
+            found[f"{path.removesuffix('.lora_B')}.bias"] = tensor
+            continue
         if leaf.startswith("lora_embedding"):
             found[f"{path}.{'down' if leaf.endswith('A') else 'up'}"] = tensor
         elif leaf == "lora_magnitude_vector":
@@ -109,3 +112,20 @@ def test_lora_on_an_embedding(family: str) -> None:
     batch = batch_of(family)
     assert acts(family, model)
     assert same(logits(model, batch), logits(other, batch))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "vit"])
+def test_biases_of_b(family: str) -> None:
+    """Times s, in the output and in the merged weight; peft's merge into few bits alone forgets s."""
+    stack = "lora(rank=4, alpha=6, bias='own', targets={targets})"
+    other, model = pair(family, LINEAR[family], stack, lora_bias=True)
+    batch = batch_of(family)
+    assert same(logits(model, batch), logits(other, batch))
+    for each in (other, model):
+        each(**batch).loss.backward()
+    expected = {name: p.grad for name, p in own(other).items()}
+    for site, delta in deltas_of(model).items():  # a key's bias has no gradient but rounding
+        torch.testing.assert_close(delta.bias.grad, expected[f"{site}.lora_B.bias"], atol=1e-6, rtol=1e-4)
+    inlay.merge(model, undo=False)
+    for name, tensor in other.merge_and_unload().state_dict().items():
+        assert same(model.state_dict()[name], tensor), name

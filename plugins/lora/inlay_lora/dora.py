@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from inlay.authoring import Adapter, At, Group, Init, Site, hookimpl
+from inlay.authoring import Adapter, At, Group, Init, Site, hookimpl, setting
 from inlay_lora.factors import LowRank, LowRankMethod
 from inlay_lora.start import Layer
 
@@ -22,9 +22,9 @@ class Decomposed(LowRank):
 
     reads: ClassVar[frozenset[str]] = frozenset({"y", "weight"})
 
-    def __init__(self, site: Site, init: Init, method: LowRankMethod) -> None:
+    def __init__(self, site: Site, init: Init, method: DoRA) -> None:
         super().__init__(site, init, method)
-        self.magnitude = init.zeros(site.out_features)
+        self.magnitude, self.constant_norm = init.zeros(site.out_features), method.detach_norm
         if not (method.starts_as_identity or init.later):
             weight = Layer(site, method.r, method.scale).weight()
             grown = weight + self.product(weight)
@@ -44,11 +44,11 @@ class Decomposed(LowRank):
         return self.completed(change, x, dropped, at)
 
     def factor(self, weight: Tensor, squares: Tensor) -> Tensor:
-        """Return c (out,) for W (out, in) and Σⱼ Wᵢⱼ² (out,); no gradient flows into the norms.
+        """Return c (out,) for W (out, in) and Σⱼ Wᵢⱼ² (out,); gradients flow into ‖V‖ where asked for.
 
         ‖W + s B A‖² = Σ W² + 2s Σ B∘(W Aᵀ) + s² Σ (B A Aᵀ)∘B over each row, without forming B A.
         """
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.constant_norm):
             down, up = self.pair(weight.dtype)
             change = 2 * F.linear(weight, down) + self.scale * (up @ (down @ down.T))
             squared = squares + self.scale * (up * change).sum(1)
@@ -72,7 +72,8 @@ class DoRA(LowRankMethod):
 
     A (r, in) Kaiming-uniform, B (out, r) = 0 unless `start` says otherwise, s as LoRA's, m (out,) =
     ‖W‖: starts at the base model up to rounding. Gradients do not flow into ‖V‖ (the paper's section
-    4.3). The bias is not scaled. W is the level below, so a second DoRA decomposes what the first gives.
+    4.3); with detach_norm=False they do, into A and B, though not into what lies below. The layer's
+    bias is not scaled. W is the level below, so a second DoRA decomposes what the first gives.
 
     Parameters: r·(in + out) + out. arXiv 2402.09353, NVlabs/DoRA. Differs: m is kept as its
     difference from ‖W‖, which bfloat16 can follow in small steps and which any level below leaves
@@ -84,6 +85,8 @@ class DoRA(LowRankMethod):
     accepts: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
     default_targets: ClassVar[tuple[str, ...]] = ("query", "key", "value", "up", "down")
     lr: ClassVar[float] = 1e-3
+
+    detach_norm: bool = setting(True)
 
     def delta(self, site: Site, init: Init) -> Decomposed:
         return Decomposed(site, init, self)

@@ -21,11 +21,12 @@ from inlay_lora import DoRA, Gaussian, LoRA
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
 
-def reference(weight: Tensor, delta: nn.Module, s: float) -> Tensor:
+def reference(weight: Tensor, delta: nn.Module, s: float, *, detach: bool = True) -> Tensor:
     """Return W' = m / ‖V‖ V by rows, the norm detached, as the paper writes it."""
     direction = weight + s * delta.up @ delta.down
     magnitude = weight.detach().norm(dim=1) + delta.magnitude
-    return magnitude[:, None] * direction / direction.detach().norm(dim=1, keepdim=True)
+    norm = direction.norm(dim=1, keepdim=True)
+    return magnitude[:, None] * direction / (norm.detach() if detach else norm)
 
 
 def adapted(family: str, method: DoRA) -> nn.Module:
@@ -69,14 +70,15 @@ def test_output_and_norms_on_slices_stored_transposed() -> None:
         assert torch.equal(y[..., 32:], watch(model, path, batch_for(model))[1][..., 32:])
 
 
-def test_gradients_are_those_of_the_detached_norm() -> None:
-    method = DoRA(rank=4, targets=["query"], layers=[0])
+@pytest.mark.parametrize("detach", [True, False])
+def test_gradients_are_those_of_the_norm_detached_or_not(detach: bool) -> None:
+    method = DoRA(rank=4, targets=["query"], layers=[0], detach_norm=detach)
     model = adapted("bert", method)
     layer, delta = model.get_submodule(QUERY), deltas_of(model)[QUERY]
     x, _ = watch(model, QUERY, batch_for(model))
     g = torch.randn(*x.shape)
     ours = torch.autograd.grad((layer(x) * g).sum(), [delta.down, delta.up, delta.magnitude])
-    weight = reference(layer.weight, delta, method.scale)
+    weight = reference(layer.weight, delta, method.scale, detach=detach)
     theirs = torch.autograd.grad(
         (F.linear(x, weight, layer.bias) * g).sum(), [delta.down, delta.up, delta.magnitude]
     )
