@@ -87,13 +87,13 @@ PAIRS: dict[str, Pair] = {
         peft.RandLoraConfig, {"r": 5, "randlora_alpha": 4},
         "randlora(rank=5, alpha=4, save_projection=True, targets={targets})",
         {"randlora_lambda": "scales", "randlora_gamma": "gains"},
-        {"randlora_A": "shared.bases.A", "randlora_B": "shared.bases.B"},
+        {"randlora_A": "shared.common.A", "randlora_B": "shared.common.B"},
     ),
     "vblora": Pair(
         peft.VBLoRAConfig, {"r": 3, "num_vectors": 6, "vector_length": 8},
         "vblora(rank=3, num_vectors=6, vector_length=8, targets={targets})",
         {"vblora_logits_A": "down.logits", "vblora_logits_B": "up.logits"},
-        {"vblora_vector_bank": "shared.bank.vectors"},
+        {"vblora_vector_bank": "shared.common.bank"},
     ),
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ from torch import nn
 import inlay
 from inlay.testing.layers import deltas_of, settled
 from inlay.testing.quantised import packed
+from inlay.testing.tools import distance
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -61,18 +62,15 @@ def test_peft_s_delora_knows_no_quantised_weight() -> None:
     with pytest.raises(RuntimeError, match="floating point"):
         peft.get_peft_model(model, peft.DeloraConfig(target_modules=["q_proj"]))  # type: ignore[arg-type]
     inlay.attach(model, "delora(targets=['query'])")
-    assert all(0 < float(d.norms.min()) for d in deltas_of(model).values())  # type: ignore[union-attr, operator]
+    assert all(float(d.norms.min()) > 0 for d in deltas_of(model).values())  # type: ignore[union-attr, operator]
 
 
-def test_peft_s_parameters_per_rank_of_randlora_are_ours() -> None:
-    """Its pairing of B's columns with A's rows is kept, for its files: the formula's is another function."""
-    other, model = pair("randlora", "bert")
-    assert sum(p.numel() for p in other.parameters() if p.requires_grad) == sum(
-        p.numel() for p in model.parameters() if p.requires_grad
-    )
+def test_peft_s_pairing_in_randlora_is_kept() -> None:
+    """For its files: the formula, with B_n beside the n-th scaled A, is another function."""
+    _, model = pair("randlora", "bert")
     delta: Any = next(iter(deltas_of(model).values()))
-    A, B, scales, gains = delta.parts(torch.zeros(()))
+    B, A, scales, gains = delta.parts(torch.zeros(()))
     bases = B.unflatten(1, (delta.count, -1)).transpose(0, 1)
     formula = sum(bases[n] @ torch.diag(scales[:, n]) @ A @ torch.diag(gains[n]) for n in range(delta.count))
     product = delta.product(torch.zeros(()))
-    assert float((product - formula).norm()) > 0.1 * float(product.norm())
+    assert distance(formula, product) > 0.1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.authoring import Init, LinearDelta, Method, Site, setting
-from inlay_reparam.sizes import divisors, need_divisor
+from inlay_reparam.sizes import check_divides, divisors
 
 USUAL = 256
 
@@ -68,7 +68,7 @@ class C3A(Method):
     def block(self, site: Site) -> int:
         """Return the block size at a site."""
         if self.block_size is not None:
-            need_divisor(self.id, "block_size", self.block_size, site)
+            check_divides("block_size", self.block_size, site, site.in_features, site.out_features)
             return self.block_size
         return max(n for n in divisors(site.in_features, site.out_features) if n <= USUAL)
 

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from inlay.authoring import (
     Adapter,
-    ConfigError,
+    Factored,
     Group,
     Init,
-    LinearDelta,
     Method,
     ModuleSite,
     Site,
@@ -23,11 +21,13 @@ from inlay.authoring import (
     setting,
     wide,
 )
+from inlay_reparam.sharing import FactoredDelta, two_rates
+from inlay_reparam.sizes import check_rank
 
 LEAST = 1e-4  # of a norm that is divided by
 
 
-class Bounded(LinearDelta):
+class Bounded(FactoredDelta):
     """ΔW = (λ / r)·B Ξ A·ν: `down` = A (r, in), `up` = B (out, r), `strength` = λ (1,), `norms` = ν (in,)."""
 
     def __init__(self, site: ModuleSite, init: Init, method: DeLoRA) -> None:
@@ -43,30 +43,24 @@ class Bounded(LinearDelta):
             for name in ("down", "up", "strength"):
                 self.register_buffer(f"first_{name}", getattr(self, name).detach().clone(), persistent=False)
 
-    def factors(self, like: Tensor, first: str = "") -> tuple[Tensor, Tensor]:
+    def factors(self, like: Tensor, first: str = "") -> Factored:
         """Return A·ν (r, in) and (λ / r)·B Ξ (out, r), as they are or as they first were."""
         down, up, strength, norms = (
             wide(getattr(self, n)) for n in (f"{first}down", f"{first}up", f"{first}strength", "norms")
         )
         sizes = down.norm(dim=1).clamp(min=LEAST) * up.norm(dim=0).clamp(min=LEAST)
-        return (down * norms).to(like.dtype), (up * (strength / len(down) / sizes)).to(like.dtype)
+        up = up * (strength / len(down) / sizes)
+        return Factored((down * norms).to(like.dtype), up.to(like.dtype))
 
     def effect(self, x: Tensor) -> Tensor:
         """Return x ΔWᵀ (*, out) of x (*, in), ΔW not formed."""
-        down, up = self.factors(x)
-        change = F.linear(F.linear(x, down), up)
-        if not self.subtracts:
-            return change
-        down, up = self.factors(x, "first_")
-        return change - F.linear(F.linear(x, down), up)
+        change = super().effect(x)
+        return change - self.factors(x, "first_").effect(x) if self.subtracts else change
 
     def product(self, like: Tensor) -> Tensor:
         """Return ΔW (out, in)."""
-        down, up = self.factors(like)
-        if not self.subtracts:
-            return up @ down
-        first_down, first_up = self.factors(like, "first_")
-        return up @ down - first_up @ first_down
+        change = super().product(like)
+        return change - self.factors(like, "first_").dense(like) if self.subtracts else change
 
 
 @dataclass(frozen=True)
@@ -87,7 +81,6 @@ class DeLoRA(Method):
 
     id: ClassVar[str] = "delora"
     paper: ClassVar[str] = "2503.18225"
-    default_targets: ClassVar[tuple[str, ...]] = ("query", "value")
     lr: ClassVar[float] = 5e-3
 
     rank: int = setting(8, least=1)
@@ -98,22 +91,10 @@ class DeLoRA(Method):
 
     def delta(self, site: Site, init: Init) -> Bounded:
         assert isinstance(site, ModuleSite)
-        most = min(site.in_features, site.out_features)
-        if self.rank > most:
-            raise ConfigError(
-                "the rank of DeLoRA is larger than the layer",
-                saw=f"rank={self.rank}; {site.name} is ({site.out_features}, {site.in_features})",
-                do=f"give a rank of at most {most}",
-            )
+        check_rank(self, site, min(site.in_features, site.out_features))
         return Bounded(site, init, self)
 
     @staticmethod
     @hookimpl
     def parameter_groups(method: DeLoRA, adapter: Adapter, lr: float | None) -> Sequence[Group]:  # type: ignore[override]
-        rate, names = method.lr if lr is None else lr, adapter.trainable_names()
-        strengths = [n for n in names if n.endswith(".strength")]
-        factors = [n for n in names if n not in strengths]
-        return [
-            Group(factors, rate, method.weight_decay),
-            Group(strengths, rate * method.strength_lr_ratio, 0.0),
-        ]
+        return two_rates(method, adapter, lr, ".strength", method.strength_lr_ratio, 0.0)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from inlay.authoring import Adapter, Init, Method, Site, hookimpl, setting
-from inlay_reparam.spectral import Grid, place_spectra
+from inlay.authoring import Init
+from inlay_reparam.spectral import Grid, SpectralMethod
 
 
 class Fourier(Grid):
@@ -20,6 +19,8 @@ class Fourier(Grid):
     y = irfft of Σ_k c_k X̄[v_k] at u_k, with X the transform of x. `weights` (n, 2) are those of its real and
     imaginary part: ½ beside a mirrored entry, −1 for a conjugate, no imaginary part at 0 and out/2.
     """
+
+    worth: ClassVar[int] = 512
 
     def places(self, rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
         out, width = self.shape
@@ -51,7 +52,7 @@ class Fourier(Grid):
 
 
 @dataclass(frozen=True)
-class FourierFT(Method):
+class FourierFT(SpectralMethod):
     """A weight's change as the inverse Fourier transform of n learned coefficients at fixed frequencies.
 
         ΔW = scaling · Re ifft2(F),   F (out, in) = 0 but for F[u_k, v_k] = c_k
@@ -66,25 +67,7 @@ class FourierFT(Method):
 
     id: ClassVar[str] = "fourierft"
     paper: ClassVar[str] = "2405.03003"
-    default_targets: ClassVar[tuple[str, ...]] = ("query", "value")
     lr: ClassVar[float] = 5e-2
-
-    n_frequency: int = setting(1000, least=1)
-    scaling: float = setting(150.0, above=0)
-    init: Literal["normal", "zeros"] = setting("normal")
-    seed: int = setting(777, least=0)
-
-    @property
-    def starts_as_identity(self) -> bool:  # type: ignore[override]
-        return self.init == "zeros"
 
     def grid(self, shape: tuple[int, int], count: int, init: Init) -> Grid:
         return Fourier(shape, count, self.seed, init)
-
-    def spectrum(self, init: Init, count: int) -> nn.Parameter:
-        return init.normal(count) if self.init == "normal" else init.zeros(count)
-
-    @staticmethod
-    @hookimpl
-    def inject(method: FourierFT, sites: Sequence[Site], adapter: Adapter) -> int:  # type: ignore[override]
-        return place_spectra(adapter, sites, method, [method.n_frequency] * len(sites))

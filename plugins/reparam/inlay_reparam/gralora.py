@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from inlay.authoring import ConfigError, Init, LinearDelta, Method, Site, setting
-from inlay_reparam.sizes import divisors, need_divisor, need_rank
+from inlay_reparam.sizes import check_divides, check_most, divisors, shown
 
 
 class Granular(LinearDelta):
@@ -84,6 +84,7 @@ class GraLoRA(Method):
             )
 
     def delta(self, site: Site, init: Init) -> Granular:
-        need_divisor(self.id, "k", self.k, site)
-        need_rank(self.id, "rank + hybrid_rank", self.rank + self.hybrid_rank, site)
+        check_divides("k", self.k, site, site.in_features, site.out_features)
+        most = min(site.in_features, site.out_features)
+        check_most("rank + hybrid_rank", self.rank + self.hybrid_rank, most, shown(site))
         return Granular(site, init, self)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inlay.authoring import Adapter, At, Init, LinearDelta, Method, ModuleSite, Ref, Site, hookimpl, setting
-from inlay_reparam.sizes import need_divisor
+from inlay_reparam.sizes import check_divides
 
 
 class Slow(nn.Module):
@@ -104,7 +104,7 @@ class KAdaptation(Method):
         slow: dict[str, Ref] = {}
         biases: dict[Hashable, Bias] = {}
         for site in sites:
-            need_divisor(method.id, "n", method.n, site)
+            check_divides("n", method.n, site, site.in_features, site.out_features)
             if site.role not in slow:
                 name = f"slow_{site.role or 'all'}"
                 slow[site.role] = adapter.share(name, Slow(adapter.init(shared=name), method.n))

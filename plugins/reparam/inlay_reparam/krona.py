@@ -10,7 +10,7 @@ from torch import Tensor
 
 from inlay.authoring import At, ConfigError, Init, LinearDelta, Method, Site, setting
 from inlay_reparam.kron import factorization, kron_linear
-from inlay_reparam.sizes import divisors, sized
+from inlay_reparam.sizes import divisors, shown
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class KroneckerMethod(Method):
             rows, columns = (", ".join(map(str, divisors(n))) for n in (site.out_features, site.in_features))
             raise ConfigError(
                 f"{self.id}: the shape of P does not divide the layer's sizes",
-                saw=f"shape={self.shape} at {sized(site)}",
+                saw=f"shape={self.shape}; {shown(site)}",
                 do=f"take a1 among {rows} and a2 among {columns}; or other targets",
             )
         return a1, a2

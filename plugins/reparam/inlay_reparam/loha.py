@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from inlay.authoring import Init, Site, setting
 from inlay_reparam.rebuilt import Rebuilt, RebuiltMethod, shape_of
-from inlay_reparam.sizes import need_rank
+from inlay_reparam.sizes import check_rank
 
 
 class HadamardProduct(Rebuilt):
@@ -89,5 +89,5 @@ class LoHa(RebuiltMethod):
     init: Literal["kaiming", "normal"] = setting("kaiming")
 
     def delta(self, site: Site, init: Init) -> HadamardProduct:
-        need_rank(self.id, "rank", self.rank, site)
+        check_rank(self, site, min(site.in_features, site.out_features))
         return HadamardProduct(site, init, self)

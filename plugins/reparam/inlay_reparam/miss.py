@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from inlay.authoring import At, ConfigError, Init, LinearDelta, Method, Site, setting
+from inlay.authoring import At, Init, LinearDelta, Method, Site, setting
+from inlay_reparam.sizes import check_divides, check_rank
 
 
 class Shards(LinearDelta):
@@ -75,7 +76,6 @@ class MiSS(Method):
 
     id: ClassVar[str] = "miss"
     paper: ClassVar[str] = "2409.15371"
-    default_targets: ClassVar[tuple[str, ...]] = ("query", "value")
     lr: ClassVar[float] = 1e-3
 
     rank: int = setting(64, least=1)
@@ -85,25 +85,11 @@ class MiSS(Method):
 
     def delta(self, site: Site, init: Init) -> LinearDelta:
         rows, columns = site.out_features, site.in_features
-        if self.rank > columns:
-            raise ConfigError(
-                "the rank of MiSS is larger than the layer's input",
-                saw=f"rank={self.rank}; {site.name} reads {columns} features",
-                do=f"give a rank of at most {columns}",
-            )
+        check_rank(self, site, columns)
         if self.mode == "balance":
             return Shards(site, init, self, rows)
         if self.mode == "mini":
-            self._divides("mini_rank", self.mini_rank, site, rows)
+            check_divides("mini_rank", self.mini_rank, site, rows)
             return Shards(site, init, self, self.mini_rank)
-        self._divides("rank", self.rank, site, rows, columns)
+        check_divides("rank", self.rank, site, rows, columns)
         return Tiles(site, init, self)
-
-    def _divides(self, name: str, size: int, site: Site, *sizes: int) -> None:
-        if any(n % size for n in sizes):
-            fit = [n for n in range(1, min(sizes) + 1) if not any(s % n for s in sizes)]
-            raise ConfigError(
-                f"{name} does not divide the layer",
-                saw=f"{name}={size}; {site.name} is ({site.out_features}, {site.in_features})",
-                do=f"with mode={self.mode!r} give one of {', '.join(map(str, fit))}",
-            )

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from inlay.authoring import Adapter, ConfigError, Init, LinearDelta, Method, Ref, Site, hookimpl, setting
+from inlay.authoring import Adapter, Init, LinearDelta, Ref, Site, setting
+from inlay_reparam.sharing import ProjectingMethod
+from inlay_reparam.sizes import check_rank
 
 
 class Bases(nn.Module):
@@ -19,17 +21,16 @@ class Bases(nn.Module):
 
     def __init__(self, init: Init, method: RandLoRA, sites: Sequence[Site]) -> None:
         super().__init__()
-        sizes = max(s.out_features for s in sites), max(s.in_features for s in sites)
-        least, most = min(sizes), max(sizes)
+        least, most = sorted([max(s.out_features for s in sites), max(s.in_features for s in sites)])
+        each = {"sparse": 1 / 6, "very_sparse": 0.5 / math.sqrt(least)}.get(method.bases)
         shapes = {"A": (method.rank, least), "B": (most, -(-least // method.rank), method.rank)}
-        chance = {"uniform": 1.0, "sparse": 1 / 6, "very_sparse": 0.5 / math.sqrt(least)}[method.bases]
         for name, shape in shapes.items():
-            drawn = torch.empty(shape, device="meta" if init.device.type == "meta" else "cpu")
-            drawn.uniform_(-1, 1, generator=None if drawn.is_meta else init.generator)
-            if method.bases != "uniform":
-                drawn = (drawn > 1 - 2 * chance).float() - (drawn < 2 * chance - 1).float()
-            drawn = drawn if drawn.is_meta else drawn / drawn.std()
-            self.register_buffer(name, drawn.to(init.device, init.dtype), persistent=method.save_projection)
+            drawn = torch.empty(shape, device="meta")
+            if init.device.type != "meta":
+                drawn = torch.empty(shape).uniform_(-1, 1, generator=init.generator)
+                drawn = drawn if each is None else (drawn.abs() > 1 - 2 * each) * drawn.sign()
+                drawn = drawn / drawn.std()
+            self.register_buffer(name, init.tensor(drawn).data, persistent=method.save_projection)
 
 
 class ScaledBases(LinearDelta):
@@ -46,30 +47,25 @@ class ScaledBases(LinearDelta):
         self.count = -(-self.least // method.rank)
         self.scales = init.zeros(method.rank, self.count)
         self.gains = init.full(self.count, self.least, value=1 / max(self.count, self.least))
-        self.shared, self.scale, self.rate = shared, method.scale, method.dropout
+        self.shared, self.scale, self.rate = shared, method.alpha / method.rank, method.dropout
 
-    def parts(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return A (r, d), B's side (D, N·r), s·Λ and Γ in the dtype of `like`."""
+    def parts(self, like: Tensor) -> list[Tensor]:
+        """Return B's side (D, N·r), A (r, d), s·Λ and Γ in the dtype of `like`."""
         bases = self.shared.module
         A, B = bases.A[:, : self.least], bases.B[: self.most, : self.count].flatten(1)
-        return (
-            A.to(like.dtype),
-            B.to(like.dtype),
-            self.scale * self.scales.to(like.dtype),
-            self.gains.to(like.dtype),
-        )
+        return [t.to(like.dtype) for t in (B, A, self.scale * self.scales, self.gains)]
 
     def effect(self, x: Tensor) -> Tensor:
         """Return x ΔWᵀ (*, out) of x (*, in), ΔW not formed."""
-        A, B, scales, gains = self.parts(x)
+        B, *small = self.parts(x)
         if self.wide_input:
-            return BySmaller.apply(x @ B, A, scales, gains, False)  # type: ignore[no-any-return, no-untyped-call]
-        return BySmaller.apply(x, A, scales, gains, True) @ B.T  # type: ignore[no-any-return, no-untyped-call]
+            return BySmaller.apply(x @ B, *small, False)  # type: ignore[no-any-return, no-untyped-call]
+        return BySmaller.apply(x, *small, True) @ B.T  # type: ignore[no-any-return, no-untyped-call]
 
     def product(self, like: Tensor) -> Tensor:
         """Return ΔW (out, in)."""
-        A, B, scales, gains = self.parts(like)
-        dense = B @ scaled(A, scales, gains)
+        B, *small = self.parts(like)
+        dense = B @ scaled(*small)
         return dense.T if self.wide_input else dense
 
 
@@ -96,19 +92,13 @@ class BySmaller(torch.autograd.Function):
         side = scaled(A, scales, gains)
         back = grad @ (side if ctx.transposed else side.T) if ctx.needs_input_grad[0] else None
         one, other = (grad, x) if ctx.transposed else (x, grad)
-        outer = one.flatten(0, -2).T @ other.flatten(0, -2)
-        outer = outer.view(*scales.shape, -1) * A[:, None]
-        return (
-            back,
-            None,
-            torch.einsum("jnv,nv->jn", outer, gains),
-            torch.einsum("jnv,jn->nv", outer, scales),
-            None,
-        )
+        outer = (one.flatten(0, -2).T @ other.flatten(0, -2)).view(*scales.shape, -1) * A[:, None]
+        by_scale = torch.einsum("jnv,nv->jn", outer, gains)
+        return back, None, by_scale, torch.einsum("jnv,jn->nv", outer, scales), None
 
 
 @dataclass(frozen=True)
-class RandLoRA(Method):
+class RandLoRA(ProjectingMethod):
     """Many frozen random low-rank products, each scaled by two learned diagonals, add up to full rank.
 
         ΔW = s Σ_n B_n diag(Λ_n) A diag(Γ_n),   N = ⌈d / r⌉ products,   s = alpha / rank
@@ -125,34 +115,16 @@ class RandLoRA(Method):
 
     id: ClassVar[str] = "randlora"
     paper: ClassVar[str] = "2502.00987"
-    default_targets: ClassVar[tuple[str, ...]] = ("query", "value")
     lr: ClassVar[float] = 1e-3
 
     rank: int = setting(32, least=1)
     alpha: float = setting(640.0, above=0)
-    dropout: float = setting(0.0, least=0, below=1)
     bases: Literal["uniform", "sparse", "very_sparse"] = setting("uniform")
-    key: int = setting(0, least=0)
-    save_projection: bool = setting(False)
 
-    @property
-    def scale(self) -> float:
-        """The factor s in front of the sum."""
-        return self.alpha / self.rank
+    def common(self, sites: Sequence[Site], adapter: Adapter) -> nn.Module:
+        for site in sites:
+            check_rank(self, site, min(site.in_features, site.out_features))
+        return Bases(adapter.init(shared="common", seed=self.key), self, sites)
 
-    @staticmethod
-    @hookimpl
-    def inject(method: RandLoRA, sites: Sequence[Site], adapter: Adapter) -> int:  # type: ignore[override]
-        for site in sites:
-            least = min(site.in_features, site.out_features)
-            if method.rank > least:
-                raise ConfigError(
-                    "the rank of RandLoRA is larger than the layer",
-                    saw=f"rank={method.rank}; {site.name} is ({site.out_features}, {site.in_features})",
-                    do=f"give a rank of at most {least}",
-                )
-        init = adapter.init(shared="bases", seed=method.key)
-        shared = adapter.share("bases", Bases(init, method, sites))
-        for site in sites:
-            adapter.place(site, ScaledBases(site, adapter.init(site), shared, method))
-        return len(sites)
+    def beside(self, site: Site, adapter: Adapter, common: Ref) -> ScaledBases:
+        return ScaledBases(site, adapter.init(site), common, self)

@@ -1,37 +1,42 @@
-"""Sizes that a layer cannot have, refused with those it could."""
+"""Refusing sizes that do not fit a layer, with those that would."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from inlay.authoring import ConfigError, Site
+
+
+def check_most(name: str, value: int, most: int, where: str) -> None:
+    """Refuse the setting `name` above `most`, the size of `where`."""
+    if value > most:
+        raise ConfigError(
+            f"{name} is larger than what it is taken from",
+            saw=f"{name}={value}; {where}",
+            do=f"give at most {most}",
+        )
+
+
+def check_rank(method: Any, site: Site, most: int) -> None:
+    """Refuse a rank above `most`."""
+    check_most("rank", method.rank, most, shown(site))
+
+
+def check_divides(name: str, size: int, site: Site, *sizes: int) -> None:
+    """Refuse the setting `name`, which is `size`, where it does not divide each of `sizes`."""
+    if any(n % size for n in sizes):
+        raise ConfigError(
+            f"{name} does not divide the layer",
+            saw=f"{name}={size}; {shown(site)}",
+            do=f"give one of {', '.join(map(str, divisors(*sizes)))}",
+        )
+
+
+def shown(site: Site) -> str:
+    """Return a site with its sizes, in words."""
+    return f"{site.name} is ({site.out_features}, {site.in_features})"
 
 
 def divisors(*sizes: int) -> list[int]:
     """Return the numbers that divide every one of `sizes`, ascending."""
     return [n for n in range(1, min(sizes) + 1) if not any(size % n for size in sizes)]
-
-
-def sized(site: Site) -> str:
-    """Return a site's name and size, for an error."""
-    return f"{site.name} (in {site.in_features}, out {site.out_features})"
-
-
-def need_divisor(method: str, name: str, value: int, site: Site) -> None:
-    """Raise unless `value`, the setting `name`, divides the layer's in and out."""
-    if site.in_features % value or site.out_features % value:
-        fitting = ", ".join(map(str, divisors(site.in_features, site.out_features)))
-        raise ConfigError(
-            f"{method}: {name} does not divide the layer's sizes",
-            saw=f"{name}={value} at {sized(site)}",
-            do=f"take one that divides both: {fitting}; or other targets",
-        )
-
-
-def need_rank(method: str, name: str, value: int, site: Site) -> None:
-    """Raise if `value`, the setting `name`, is more than the layer's rank can be."""
-    most = min(site.in_features, site.out_features)
-    if value > most:
-        raise ConfigError(
-            f"{method}: {name} is larger than the layer",
-            saw=f"{name}={value} at {sized(site)}",
-            do=f"take at most {most}, or other targets",
-        )

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from inlay.authoring import Adapter, ConfigError, Init, LinearDelta, Ref, Site, wide
+from inlay.authoring import (
+    Adapter,
+    Init,
+    LinearDelta,
+    Method,
+    Ref,
+    Site,
+    hookimpl,
+    setting,
+    wide,
+)
+from inlay_reparam.sizes import check_most, shown
 
 
 class Grid(nn.Module):
@@ -18,7 +30,7 @@ class Grid(nn.Module):
     Never saved: `rows` (n,), `columns` (n,), one copy for all layers of one shape that have as many.
     """
 
-    worth: ClassVar[int] = 512  # entries of ΔW that cost what one place costs per token, as measured
+    worth: ClassVar[int] = 256  # entries of ΔW that cost what one place costs per token, as measured
 
     def __init__(self, shape: tuple[int, int], count: int, seed: int, init: Init) -> None:
         super().__init__()
@@ -68,19 +80,39 @@ class Spectral(LinearDelta):
         return self.spectrum.to(like.dtype) * self.scaling
 
 
-def place_spectra(adapter: Adapter, sites: Sequence[Site], method: Any, counts: Sequence[int]) -> int:
-    """Place a delta on every site, with as many entries as `counts` says, on grids that `method` makes."""
-    grids: dict[str, Ref] = {}
-    for site, count in zip(sites, counts, strict=True):
-        shape = (site.out_features, site.in_features)
-        if count > shape[0] * shape[1]:
-            raise ConfigError(
-                f"{method.id} has more frequencies than the layer has entries",
-                saw=f"n_frequency={count}; {site.name} is {shape}",
-                do=f"give at most {shape[0] * shape[1]}",
-            )
-        name, init = f"grid_{shape[0]}x{shape[1]}_{count}", adapter.init(site)
-        if name not in grids:
-            grids[name] = adapter.share(name, method.grid(shape, count, init))
-        adapter.place(site, Spectral(method.spectrum(init, count), grids[name], method.scaling))
-    return len(sites)
+@dataclass(frozen=True)
+class SpectralMethod(Method):
+    """Settings of n entries at the first places of a permutation seeded with `seed`; `spread`: of a start."""
+
+    spread: ClassVar[float] = 1.0
+
+    n_frequency: int = setting(1000, least=1)
+    scaling: float = setting(150.0, above=0)
+    init: Literal["normal", "zeros"] = setting("normal")
+    seed: int = setting(777, least=0)
+
+    @property
+    def starts_as_identity(self) -> bool:  # type: ignore[override]
+        return self.init == "zeros"
+
+    def grid(self, shape: tuple[int, int], count: int, init: Init) -> Grid:
+        """Return the grid of layers of one shape."""
+        raise NotImplementedError
+
+    def counts(self, sites: Sequence[Site]) -> list[int]:
+        """Return how many entries each site gets."""
+        return [self.n_frequency] * len(sites)
+
+    @staticmethod
+    @hookimpl
+    def inject(method: SpectralMethod, sites: Sequence[Site], adapter: Adapter) -> int:  # type: ignore[override]
+        grids: dict[str, Ref] = {}
+        for site, count in zip(sites, method.counts(sites), strict=True):
+            shape = (site.out_features, site.in_features)
+            check_most("n_frequency", count, shape[0] * shape[1], shown(site))
+            name, init = f"grid_{shape[0]}x{shape[1]}_{count}", adapter.init(site)
+            if name not in grids:
+                grids[name] = adapter.share(name, method.grid(shape, count, init))
+            start = init.normal(count, std=method.spread) if method.init == "normal" else init.zeros(count)
+            adapter.place(site, Spectral(start, grids[name], method.scaling))
+        return len(sites)

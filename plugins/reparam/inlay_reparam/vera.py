@@ -9,7 +9,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from inlay.authoring import Adapter, Init, LinearDelta, Method, Ref, Site, hookimpl, setting
+from inlay.authoring import Adapter, Init, LinearDelta, Ref, Site, setting
+from inlay_reparam.sharing import ProjectingMethod
 
 
 class Projections(nn.Module):
@@ -48,7 +49,7 @@ class ScaledProjections(LinearDelta):
 
 
 @dataclass(frozen=True)
-class VeRA(Method):
+class VeRA(ProjectingMethod):
     """Two learned vectors scale a frozen random low-rank product that all layers share.
 
         ΔW = diag(λ_b) B diag(λ_d) A,   A (r, in), B (out, r) cut from A (r, in_max), B (out_max, r)
@@ -63,23 +64,16 @@ class VeRA(Method):
 
     id: ClassVar[str] = "vera"
     paper: ClassVar[str] = "2310.11454"
-    default_targets: ClassVar[tuple[str, ...]] = ("query", "value")
     lr: ClassVar[float] = 2e-2
 
     rank: int = setting(256, least=1)
     d_initial: float = setting(0.1)
-    dropout: float = setting(0.0, least=0, below=1)
-    key: int = setting(0, least=0)
-    save_projection: bool = setting(False)
 
-    @staticmethod
-    @hookimpl
-    def inject(method: VeRA, sites: Sequence[Site], adapter: Adapter) -> int:  # type: ignore[override]
-        init = adapter.init(shared="projections")
-        init.generator.manual_seed(method.key)
+    def common(self, sites: Sequence[Site], adapter: Adapter) -> nn.Module:
+        init = adapter.init(shared="common")
+        init.generator.manual_seed(self.key)
         columns, rows = max(s.in_features for s in sites), max(s.out_features for s in sites)
-        pair = Projections(init, method.rank, columns, rows, saved=method.save_projection)
-        shared = adapter.share("projections", pair)
-        for site in sites:
-            adapter.place(site, ScaledProjections(site, adapter.init(site), shared, method))
-        return len(sites)
+        return Projections(init, self.rank, columns, rows, saved=self.save_projection)
+
+    def beside(self, site: Site, adapter: Adapter, common: Ref) -> ScaledProjections:
+        return ScaledProjections(site, adapter.init(site), common, self)

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from inlay.authoring import Adapter, ConfigError, Init, Method, Site, hookimpl, setting
-from inlay_reparam.spectral import Grid, place_spectra
+from inlay.authoring import ConfigError, Init, Site, setting
+from inlay_reparam.spectral import Grid, SpectralMethod
 
 UNIT = 2.0**-53  # taps are kept as multiples of it: what a model is cast to leaves integers as they are
+
+
+Taps = Sequence[Sequence[float]]
 
 
 class Wavelet(Grid):
@@ -25,11 +28,7 @@ class Wavelet(Grid):
     half the *column* is in (the horizontal detail lies right of the approximation): `places` swaps halves.
     """
 
-    worth: ClassVar[int] = 256
-
-    def __init__(
-        self, shape: tuple[int, int], count: int, seed: int, init: Init, taps: Sequence[Sequence[float]]
-    ) -> None:
+    def __init__(self, shape: tuple[int, int], count: int, seed: int, init: Init, taps: Taps) -> None:
         length = len(taps[0])
         self.padded = tuple((n + length - 1) // 2 * 2 for n in shape)
         super().__init__(shape, count, seed, init)
@@ -68,8 +67,7 @@ class Wavelet(Grid):
 
     def filters(self, like: Tensor) -> Tensor:
         """Return the taps (2, 1, L) in the dtype of `like`."""
-        taps: Tensor = self.taps.to(like.dtype) * UNIT  # type: ignore[operator, union-attr]
-        return taps
+        return self.taps.to(like.dtype) * UNIT  # type: ignore[operator, union-attr, return-value]
 
     def crop(self, size: int, padded: int) -> int:
         """Return where the centre begins in what `padded` coefficients give: their full convolution."""
@@ -77,14 +75,8 @@ class Wavelet(Grid):
         return lost + (padded - lost - size) // 2
 
 
-class Plain(Grid):
-    """The entries themselves: ΔW = F."""
-
-    worth: ClassVar[int] = 256
-
-
 @dataclass(frozen=True)
-class WaveFT(Method):
+class WaveFT(SpectralMethod):
     """A weight's change as the inverse wavelet transform of n learned coefficients at fixed places.
 
         ΔW = scaling · idwt2(F),   F (out, in) = 0 but for n entries c at fixed places
@@ -100,26 +92,22 @@ class WaveFT(Method):
 
     id: ClassVar[str] = "waveft"
     paper: ClassVar[str] = "2505.12532"
-    default_targets: ClassVar[tuple[str, ...]] = ("query", "value")
     lr: ClassVar[float] = 1e-3
+
+    spread: ClassVar[float] = 0.01
 
     n_frequency: int = setting(2592, least=1)
     scaling: float = setting(25.0, above=0)
+    init: Literal["normal", "zeros"] = setting("zeros")
     wavelet: str = setting("db1")
     use_idwt: bool = setting(True)
-    init: Literal["zeros", "normal"] = setting("zeros")
     proportional: bool = setting(False)
-    seed: int = setting(777, least=0)
-
-    @property
-    def starts_as_identity(self) -> bool:  # type: ignore[override]
-        return self.init == "zeros"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.taps()
 
-    def taps(self) -> tuple[Sequence[float], Sequence[float]]:
+    def taps(self) -> Taps:
         """Return the low and high filter of the reconstruction."""
         import pywt
 
@@ -133,22 +121,12 @@ class WaveFT(Method):
         return found.rec_lo, found.rec_hi
 
     def grid(self, shape: tuple[int, int], count: int, init: Init) -> Grid:
-        if not self.use_idwt:
-            return Plain(shape, count, self.seed, init)
-        return Wavelet(shape, count, self.seed, init, self.taps())
-
-    def spectrum(self, init: Init, count: int) -> nn.Parameter:
-        return init.normal(count, std=0.01) if self.init == "normal" else init.zeros(count)
+        plain = shape, count, self.seed, init
+        return Wavelet(*plain, self.taps()) if self.use_idwt else Grid(*plain)
 
     def counts(self, sites: Sequence[Site]) -> list[int]:
-        """Return how many coefficients each site gets."""
         if not self.proportional:
-            return [self.n_frequency] * len(sites)
+            return super().counts(sites)
         sizes = [site.out_features * site.in_features for site in sites]
         each = self.n_frequency * len(sites) / sum(sizes)
         return [max(1, round(size * each)) for size in sizes]
-
-    @staticmethod
-    @hookimpl
-    def inject(method: WaveFT, sites: Sequence[Site], adapter: Adapter) -> int:  # type: ignore[override]
-        return place_spectra(adapter, sites, method, method.counts(sites))

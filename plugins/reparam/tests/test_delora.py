@@ -165,7 +165,7 @@ def test_the_strength_has_a_rate_of_its_own() -> None:
 
 
 def test_a_rank_larger_than_the_layer_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"rank of DeLoRA is larger(?s:.*)rank=33(?s:.*)at most 32"):
+    with pytest.raises(ConfigError, match=r"rank is larger than what it is(?s:.*)rank=33(?s:.*)at most 32"):
         inlay.attach(build("bert"), DeLoRA(rank=33))
 
 

@@ -150,7 +150,7 @@ def test_roberta_base_has_24000_parameters() -> None:
 
 def test_more_frequencies_than_entries_are_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"more frequencies than the layer has(?s:.*)1025(?s:.*)at most 1024"
+        ConfigError, match=r"n_frequency is larger than what it(?s:.*)1025(?s:.*)at most 1024"
     ):
         inlay.attach(build("bert"), FourierFT(n_frequency=1025))
 

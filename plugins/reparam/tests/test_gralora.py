@@ -133,7 +133,7 @@ def test_settings_are_checked(settings: dict[str, object], text: str) -> None:
         ),
         (
             GraLoRA(rank=24, targets=["value"]),
-            r"rank \+ hybrid_rank is larger than the layer[\s\S]*at most 16",
+            r"rank \+ hybrid_rank is larger than what it is taken from[\s\S]*at most 16",
         ),
     ],
 )

@@ -165,7 +165,7 @@ def test_settings_are_checked(settings: dict[str, object], text: str) -> None:
 def test_a_rank_above_the_layers_is_refused() -> None:
     model = settled("llama")
     with pytest.raises(
-        ConfigError, match=r"loha: rank is larger than the layer[\s\S]*k_proj \(in 32, out 16\)"
+        ConfigError, match=r"rank is larger than what it is taken from[\s\S]*k_proj is \(16, 32\)"
     ):
         inlay.attach(model, LoHa(rank=20, targets=["key"]))
     assert "_inlay_state" not in vars(model)

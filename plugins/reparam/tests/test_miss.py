@@ -16,7 +16,6 @@ from inlay.testing.layers import deltas_of, fit, gradients, settled
 from inlay.testing.models import batch_for, build
 from inlay.testing.quantised import packed
 from inlay.testing.tools import distance, shake
-from inlay_lora import LoRA
 from inlay_reparam import MiSS
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -101,14 +100,13 @@ def test_dropout_acts_on_what_is_read(mode: str) -> None:
 
 def test_bat_multiplies_the_level_below() -> None:
     model = settled("bert")
-    below, above = LoRA(rank=2, targets=("query",)), MiSS(rank=8, mode="bat", targets=("query",))
-    inlay.attach(model, below + above, "two", seed=0)
+    below, above = MiSS(rank=5, targets=("query",)), MiSS(rank=8, mode="bat", targets=("query",))
+    inlay.attach(model, below.named("below") + above.named("above"), "two", seed=0)
     shake(model)
     layer = model.get_submodule(QUERY)
-    lora: Any = deltas_of(model, "two/lora")[QUERY]
-    level = layer.weight + below.scale * lora.up @ lora.down
+    level = additive(deltas_of(model, "two/below")[QUERY], layer.weight)
     x = torch.randn(4, 32)
-    expected = x @ tiled(deltas_of(model, "two/miss")[QUERY], level).T + layer.bias
+    expected = x @ tiled(deltas_of(model, "two/above")[QUERY], level).T + layer.bias
     assert distance(layer(x), expected) < 1e-5
 
 
@@ -140,7 +138,7 @@ def test_counts() -> None:
 
 def test_sizes_that_do_not_fit_are_refused_with_those_that_would() -> None:
     model = build("bert")
-    with pytest.raises(ConfigError, match=r"rank of MiSS is larger(?s:.*)rank=33(?s:.*)at most 32"):
+    with pytest.raises(ConfigError, match=r"rank is larger than what it is(?s:.*)rank=33(?s:.*)at most 32"):
         inlay.attach(model, MiSS(rank=33))
     with pytest.raises(ConfigError, match=r"rank does not divide(?s:.*)rank=5;(?s:.*)1, 2, 4, 8, 16, 32"):
         inlay.attach(model, MiSS(rank=5, mode="bat"))

@@ -23,7 +23,7 @@ from inlay_reparam.randlora import BySmaller, scaled
 
 def bases_of(model: nn.Module) -> Any:
     (found,) = need_state(model).placed.values()
-    return found.adapter.shared["bases"]
+    return found.adapter.shared["common"]
 
 
 def total(delta: Any, bases: Any, weight: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def test_a_square_layer_of_768_has_19200_parameters() -> None:
 
 
 def test_a_rank_larger_than_the_layer_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"rank of RandLoRA is larger(?s:.*)rank=17(?s:.*)at most 16"):
+    with pytest.raises(ConfigError, match=r"rank is larger than what it is(?s:.*)rank=17(?s:.*)at most 16"):
         inlay.attach(build("llama"), RandLoRA(rank=17))
 
 

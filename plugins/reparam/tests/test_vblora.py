@@ -28,7 +28,7 @@ def adapter_of(model: nn.Module) -> Any:
 
 
 def bank_of(model: nn.Module) -> Tensor:
-    found: Tensor = adapter_of(model).shared["bank"].vectors
+    found: Tensor = adapter_of(model).shared["common"]["bank"]
     return found
 
 
@@ -69,7 +69,7 @@ def test_with_one_vector_every_sub_vector_is_it() -> None:
     model = settled("bert")
     inlay.attach(model, VBLoRA(num_vectors=1, vector_length=8, top_k=1, targets=("query",)))
     delta: Any = deltas_of(model)[QUERY]
-    down, up = delta.factors(bank_of(model))
+    down, up = delta.factors(bank_of(model)).down, delta.factors(bank_of(model)).up
     assert torch.equal(down, bank_of(model)[0].repeat(4, 4))
     assert torch.equal(up.T, bank_of(model)[0].repeat(4, 4))
 
@@ -83,7 +83,7 @@ def test_the_weights_sum_to_one_and_gradients_reach_only_what_is_chosen() -> Non
     assert indices.shape == weights.shape == (1, 1, 2)
     assert torch.allclose(weights.sum(-1), torch.ones(1, 1))
     found = gradients(model, batch_for(model, labels=True))
-    (bank,) = (g for n, g in found.items() if n.endswith("vectors"))
+    (bank,) = (g for n, g in found.items() if n.endswith(".bank"))
     chosen = {*indices.flatten().tolist(), *deltas_of(model)[QUERY].up.selected()[0].flatten().tolist()}  # type: ignore[union-attr, operator]
     assert set(bank.any(dim=1).nonzero().flatten().tolist()) == chosen
     (logits,) = (g for n, g in found.items() if n.endswith("down.logits"))
@@ -93,7 +93,7 @@ def test_the_weights_sum_to_one_and_gradients_reach_only_what_is_chosen() -> Non
 def test_one_bank_for_all_layers_learns_at_a_rate_of_its_own() -> None:
     model = settled("bert")
     inlay.attach(model, VBLoRA(num_vectors=8, vector_length=8))
-    assert len([m for m in model.modules() if type(m).__name__ == "Bank"]) == 1
+    assert len([n for n, p in model.named_parameters() if p.shape == (8, 8)]) == 1
     logits, bank = inlay.parameter_groups(model, lr=1e-2)
     assert (logits["lr"], bank["lr"]) == pytest.approx((1e-2, 1e-3))
     assert [p is bank_of(model) for p in bank["params"]] == [True]
@@ -136,7 +136,7 @@ def test_advancing_keeps_what_is_chosen_and_nothing_else(top: int, tmp_path: Pat
     fresh = settled("bert")
     inlay.load(fresh, tmp_path, "fr")
     names = {n.rpartition(".")[2] for n in adapter_of(fresh).tensors()}
-    assert names == {"vectors", "indices", "weights"}
+    assert names == {"bank", "indices", "weights"}
     assert torch.equal(fresh(**batch).logits, model(**batch).logits)
     assert inlay.merge(fresh).worst < 1e-5
 
@@ -155,10 +155,10 @@ def test_what_is_chosen_cannot_be_trained_on(tmp_path: Path) -> None:
 
 def test_sizes_that_do_not_fit_are_refused_with_those_that_would() -> None:
     with pytest.raises(
-        ConfigError, match=r"length does not divide(?s:.*)=12;(?s:.*)\(16, 32\)(?s:.*)1, 2, 4, 8, 16"
+        ConfigError, match=r"vector_length does not divide(?s:.*)=12;(?s:.*)\(16, 32\)(?s:.*)1, 2, 4, 8, 16"
     ):
         inlay.attach(build("llama"), VBLoRA(vector_length=12, targets=("value",)))
-    with pytest.raises(ConfigError, match=r"top_k is larger than the bank(?s:.*)top_k=5, num_vectors=4"):
+    with pytest.raises(ConfigError, match=r"top_k is larger than what it is(?s:.*)top_k=5; num_vectors=4"):
         VBLoRA(num_vectors=4, top_k=5)
 
 

@@ -172,7 +172,9 @@ def test_roberta_base_count() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"no discrete wavelet of that name(?s:.*)wavelet='db99'"):
         WaveFT(wavelet="db99")
-    with pytest.raises(ConfigError, match=r"waveft has more frequencies than(?s:.*)2592(?s:.*)at most 1024"):
+    with pytest.raises(
+        ConfigError, match=r"n_frequency is larger than what it(?s:.*)2592(?s:.*)at most 1024"
+    ):
         inlay.attach(build("bert"), WaveFT())
 
 

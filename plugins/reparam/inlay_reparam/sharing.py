@@ -1,0 +1,67 @@
+"""What several methods here are built on: a module that all layers share, computed factors, two rates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from inlay.authoring import Adapter, Delta, Factored, Group, LinearDelta, Method, Ref, Site, hookimpl, setting
+
+
+@dataclass(frozen=True)
+class SharingMethod(Method):
+    """A method with one module for all its layers, and a delta that refers to it at each."""
+
+    dropout: float = setting(0.0, least=0, below=1)
+
+    def common(self, sites: Sequence[Site], adapter: Adapter) -> nn.Module:
+        """Return what all sites share."""
+        raise NotImplementedError
+
+    def beside(self, site: Site, adapter: Adapter, common: Ref) -> Delta:
+        """Return the delta of one site."""
+        raise NotImplementedError
+
+    @staticmethod
+    @hookimpl
+    def inject(method: SharingMethod, sites: Sequence[Site], adapter: Adapter) -> int:  # type: ignore[override]
+        common = adapter.share("common", method.common(sites, adapter))
+        for site in sites:
+            adapter.place(site, method.beside(site, adapter, common))
+        return len(sites)
+
+
+@dataclass(frozen=True)
+class ProjectingMethod(SharingMethod):
+    """One whose layers share frozen random matrices, drawn from `key` and saved only if asked."""
+
+    key: int = setting(0, least=0)
+    save_projection: bool = setting(False)
+
+
+class FactoredDelta(LinearDelta):
+    """ΔW = B A, from two factors that are computed."""
+
+    def factors(self, like: Tensor) -> Factored:
+        """Return A (r, in) and B (out, r) in the dtype of `like`."""
+        raise NotImplementedError
+
+    def effect(self, x: Tensor) -> Tensor:
+        """Return (x Aᵀ) Bᵀ (*, out) of x (*, in), ΔW not formed."""
+        return self.factors(x).effect(x)
+
+    def product(self, like: Tensor) -> Tensor:
+        """Return B A (out, in)."""
+        return self.factors(like).dense(like)
+
+
+def two_rates(
+    method: Method, adapter: Adapter, lr: float | None, ending: str, ratio: float, decay: float | None = None
+) -> list[Group]:
+    """Return the parameters whose names end so in a group with `ratio` times the rate of the others."""
+    rate, names = method.lr if lr is None else lr, adapter.trainable_names()
+    apart = [n for n in names if n.endswith(ending)]
+    others = [n for n in names if n not in apart]
+    return [Group(others, rate, method.weight_decay), Group(apart, rate * ratio, decay)]
