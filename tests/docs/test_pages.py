@@ -17,7 +17,8 @@ from inlay.registry import registry
 ROOT = Path(__file__).resolve().parents[2]
 TOP = [ROOT / name for name in ("README.md", "README.zh.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES = [*TOP, *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*/*/README.md"))]
-STRANGERS = [p for p in PAGES if p.parent.parent.name == "contrib" and p.parent.name != "train"]
+INSTALLED = ("train", "peft_bridge")
+STRANGERS = [p for p in PAGES if p.parent.parent.name == "contrib" and p.parent.name not in INSTALLED]
 # Translations hold the same code (test_translations.py); strangers are not installed (test_stranger.py).
 RUN = [p for p in PAGES if not p.name.endswith(".zh.md") and p not in STRANGERS]
 BLOCK = re.compile(r"^( *)```(\S*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
