@@ -129,7 +129,7 @@ def test_settings_are_checked(settings: dict[str, object], text: str) -> None:
     [
         (
             GraLoRA(rank=6, k=3, targets=["query"]),
-            r"gralora: k does not divide[\s\S]*both: 1, 2, 4, 8, 16, 32",
+            r"k does not divide the layer[\s\S]*one of 1, 2, 4, 8, 16, 32",
         ),
         (
             GraLoRA(rank=24, targets=["value"]),
