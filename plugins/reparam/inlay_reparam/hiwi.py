@@ -24,7 +24,7 @@ from inlay.authoring import (
     Weights,
     hookimpl,
     setting,
-)
+)  # fmt: skip
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
@@ -112,11 +112,9 @@ class HiWi(Method):
 
 def need_biases(sites: Sequence[ModuleSite]) -> None:
     """Raise if a layer has no bias, or one that is 0 everywhere, naming them."""
-    for what, wrong in (
-        ("has no bias to adapt", [s.name for s in sites if not s.has_bias]),
-        ("has a bias that is 0, from which f(0 D) U learns nothing", [s.name for s in sites if is_zero(s)]),
-    ):
-        if wrong:
+    zero = "has a bias that is 0, from which f(0 D) U learns nothing"
+    for what, lacks in (("has no bias to adapt", lambda s: not s.has_bias), (zero, is_zero)):
+        if wrong := [site.name for site in sites if lacks(site)]:
             raise ConfigError(
                 f"hiwi: a layer {what}",
                 saw=f"{', '.join(wrong[:4])}{', …' if len(wrong) > 4 else ''} ({len(wrong)} of {len(sites)})",
@@ -137,7 +135,7 @@ def drop_adapters(adapter: Adapter) -> None:
         assert delta.down is not None
         with torch.no_grad():
             level = adapter.below(site)
-            change = delta.change(level)
-            made = change.dense(level.weight) if isinstance(change, Factored) else change
+            made = delta.change(level)
+            made = made.dense(level.weight) if isinstance(made, Factored) else made
             delta.hold(nn.Parameter(made.to(delta.down)))
     adapter.data["folded"] = True

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from inlay.authoring import (
     Adapter,
@@ -25,9 +23,9 @@ from inlay.authoring import (
     hookimpl,
     setting,
 )  # fmt: skip
+from inlay.authoring.projections import Dense, Fastfood, hadamard_matrix
 from inlay.authoring.sparse import Place, distinct, places
 from inlay.authoring.trained import shapes
-from inlay_reparam.hadamard import hadamard_matrix, transform
 
 
 class Subspace(nn.Module):
@@ -46,58 +44,7 @@ class Subspace(nn.Module):
         return projected if self.scales is None else projected * self.scales[number].to(projected.dtype)
 
 
-class Fastfood(nn.Module):
-    """F(z) = [H (G ∘ Π H (B ∘ z))]_{:D} / √(D Σ G²): `signs` = B, `order` = Π, `gains` = G, of a seed.
-
-    z is padded with 0 to L = 2^⌈log₂ D⌉, or cut. Of padding H makes repetitions: H (B ∘ z) is
-    that of the first m numbers, m ≥ d' a power of 2, again and again, so Π points into those.
-    """
-
-    signs: Tensor
-    order: Tensor
-    gains: Tensor
-
-    def __init__(self, init: Init, shape: tuple[int, ...], space: int) -> None:
-        super().__init__()
-        self.shape, self.size = shape, math.prod(shape)
-        length = power_of_two(self.size)
-        read = min(space, length)
-        self.repeats = min(power_of_two(read), length)
-        draw, g = drawn(init), init.generator
-        signs = draw(lambda: torch.randint(0, 2, (read,), generator=g) * 2.0 - 1, read)
-        order = draw(lambda: torch.randperm(length, generator=g) % self.repeats, length)
-        self.register_buffer("signs", signs, persistent=False)
-        self.register_buffer("order", order.int(), persistent=False)
-        self.register_buffer(
-            "gains", draw(lambda: torch.randn(length, generator=g), length), persistent=False
-        )
-
-    def forward(self, z: Tensor, matrix: Tensor) -> Tensor:
-        """Return F(z), shaped like the tensor it moves, of z (d',)."""
-        signs, gains = self.signs.to(z.dtype), self.gains.to(z.dtype)
-        head = F.pad(z[: len(signs)] * signs, (0, self.repeats - len(signs)))
-        mixed = transform(head, matrix).index_select(0, self.order)
-        spread = transform(mixed * gains, matrix)[: self.size]
-        return (spread / (self.size * gains.square().sum()).sqrt()).view(self.shape)
-
-
-class Dense(nn.Module):
-    """F(z) = R z: `matrix` = R (D, d') ~ N(0, 0.01²), of a seed."""
-
-    matrix: Tensor
-
-    def __init__(self, init: Init, shape: tuple[int, ...], space: int) -> None:
-        super().__init__()
-        self.shape = shape
-        drawn_matrix = init.normal(math.prod(shape), space, std=0.01).data
-        self.register_buffer("matrix", drawn_matrix, persistent=False)
-
-    def forward(self, z: Tensor, matrix: Tensor) -> Tensor:
-        """Return F(z), shaped like the tensor it moves, of z (d',)."""
-        return (self.matrix.to(z.dtype) @ z).view(self.shape)
-
-
-PROJECTIONS: dict[str, Any] = {"fastfood": Fastfood, "dense": Dense}
+PROJECTIONS: dict[str, type[Fastfood | Dense]] = {"fastfood": Fastfood, "dense": Dense}
 
 
 class InSubspace(WeightDelta):
@@ -162,42 +109,28 @@ class IntrinsicSAID(Method):
     def inject(method: IntrinsicSAID, sites: Sequence[ModuleSite], adapter: Adapter) -> int:  # type: ignore[override]
         tensors = distinct(places(sites))
         numbers = {place.key: number for number, place in enumerate(tensors)}
-        size = method.d - (len(tensors) if method.said else 0)
+        scales = len(tensors) if method.said else 0
+        size = method.d - scales
         if size < 1:
             raise ConfigError(
                 "intrinsic_said: d leaves no dimension beside the tensors' own scales",
                 saw=f"d={method.d}, {len(tensors)} tensors",
                 do=f"take d above {len(tensors)}, or said=False",
             )
-        space = Subspace(adapter.init(shared="said"), size, len(tensors) if method.said else 0)
-        shared, made = adapter.share("said", space), dict[Any, nn.Module]()
+        space = adapter.share("said", Subspace(adapter.init(shared="said"), size, scales))
+        maps = {place.key: projection(method, place, adapter, size) for place in tensors}
+        firsts = {place.label for place in tensors}
         for site in sites:
             parts: dict[str, tuple[int, nn.Module | Ref]] = {}
             for place in places([site]):
-                known = made.get(place.key)
-                part = Ref(known) if known is not None else projection(method, place, adapter, size)
-                if isinstance(part, nn.Module):
-                    made[place.key] = part
-                parts[place.name] = numbers[place.key], part
-            adapter.place(site, InSubspace(shared, parts))
+                found = maps[place.key] if place.label in firsts else Ref(maps[place.key])
+                parts[place.name] = numbers[place.key], found
+            adapter.place(site, InSubspace(space, parts))
         return len(sites)
 
 
 def projection(method: IntrinsicSAID, place: Place, adapter: Adapter, size: int) -> nn.Module:
     """Return F_i of one tensor: of a name and a key alone, the same for every adapter."""
     init = adapter.init(like=place.site.reference, shared=place.label, seed=method.key)
-    shape = dict(zip(("weight", "bias"), shapes(place.site), strict=True))[place.name]
-    made: nn.Module = PROJECTIONS[method.projection](init, shape, size)
-    return made
-
-
-def power_of_two(size: int) -> int:
-    """Return the least power of 2 that is not less than `size`."""
-    return 1 << (size - 1).bit_length()
-
-
-def drawn(init: Init) -> Callable[[Callable[[], Tensor], int], Tensor]:
-    """Return what draws a vector where `init` makes tensors; on meta its length alone counts."""
-    if init.device.type == "meta":
-        return lambda make, length: torch.empty(length, device="meta")
-    return lambda make, length: make().to(init.device)
+    weight, bias = shapes(place.site)
+    return PROJECTIONS[method.projection](init, weight if place.name == "weight" else bias, size)

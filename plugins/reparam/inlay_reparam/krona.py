@@ -17,8 +17,6 @@ from inlay_reparam.sizes import divisors, shown
 class KroneckerMethod(Method):
     """Settings of s·(P ⊗ Q): `shape` (a1, a2) is P's, and a1·b1 = out, a2·b2 = in give Q's (b1, b2)."""
 
-    lr: ClassVar[float] = 5e-4
-
     shape: tuple[int, ...] | None = setting(None, least=1)
     scale: float = setting(16.0, above=0)
 
@@ -65,10 +63,19 @@ class Kronecker(LinearDelta):
         return self.scale * torch.kron(self.left.to(like.dtype), self.right.to(like.dtype))
 
 
+@dataclass(frozen=True)
+class ParallelMethod(KroneckerMethod):
+    """The same beside a sublayer, with a bias if `bias`."""
+
+    accepts: ClassVar[frozenset[str]] = frozenset({"sublayer"})
+
+    bias: bool = setting(False)
+
+
 class ParallelKronecker(Kronecker):
     """Δy = s·(P ⊗ Q) x [+ bias] [+ skip·x], x (B, T, d) what the sublayer reads."""
 
-    def __init__(self, site: Site, init: Init, method: KronAB, skip: float | None = None) -> None:
+    def __init__(self, site: Site, init: Init, method: ParallelMethod, skip: float | None = None) -> None:
         super().__init__(site, init, method)
         self.bias = init.zeros(site.out_features) if method.bias else None
         self.skip = None if skip is None else init.full(1, value=skip)
@@ -103,13 +110,15 @@ class KronA(KroneckerMethod):
 
     id: ClassVar[str] = "krona"
     paper: ClassVar[str] = "2212.10650"
+    default_targets: ClassVar[tuple[str, ...]] = ("query", "value")
+    lr: ClassVar[float] = 5e-4  # with s = 16 a step moves the weight far
 
     def delta(self, site: Site, init: Init) -> Kronecker:
         return Kronecker(site, init, self)
 
 
 @dataclass(frozen=True)
-class KronAB(KroneckerMethod):
+class KronAB(ParallelMethod):
     """A Kronecker product from the feed-forward sublayer's input to its output, before the residual.
 
         h = FFN(x) + s·(P ⊗ Q) x [+ b],   P (a1, a2), Q (b1, b2),   a1·b1 = a2·b2 = d
@@ -123,17 +132,15 @@ class KronAB(KroneckerMethod):
 
     id: ClassVar[str] = "krona_b"
     paper: ClassVar[str] = "2212.10650"
-    accepts: ClassVar[frozenset[str]] = frozenset({"sublayer"})
     default_targets: ClassVar[tuple[str, ...]] = ("ffn",)
-
-    bias: bool = setting(False)
+    lr: ClassVar[float] = 1e-3
 
     def delta(self, site: Site, init: Init) -> ParallelKronecker:
         return ParallelKronecker(site, init, self)
 
 
 @dataclass(frozen=True)
-class KronABRes(KronAB):
+class KronABRes(ParallelMethod):
     """KronA_B with a scaled copy of its input.
 
         h = FFN(x) + s·(P ⊗ Q) x + s_res·x [+ b],   s_res (1,) learned
@@ -144,6 +151,9 @@ class KronABRes(KronAB):
     """
 
     id: ClassVar[str] = "krona_b_res"
+    paper: ClassVar[str] = "2212.10650"
+    default_targets: ClassVar[tuple[str, ...]] = ("ffn",)
+    lr: ClassVar[float] = 1e-3
 
     residual: float = setting(0.0)
 

@@ -16,8 +16,7 @@ from inlay.errors import ConfigError, StateError
 from inlay.testing.layers import deltas_of, gradients, settled, watch
 from inlay.testing.models import batch_for, build
 from inlay.testing.tools import distance
-from inlay_reparam import HiWi, fold
-from inlay_selective import BitFit
+from inlay_reparam import HiWi, KAdaptation, fold
 
 ACT = {"relu": F.relu, "gelu": F.gelu}
 LINEAR = ("linear",)
@@ -150,7 +149,7 @@ def test_merged_there_is_no_module_left() -> None:
 
 def test_folding_reads_what_lies_below() -> None:
     model = settled("bert").double()
-    inlay.attach(model, BitFit(terms=["up"]) + HiWi(), seed=0)
+    inlay.attach(model, KAdaptation(n=4, targets=["up"]) + HiWi(), seed=0)
     for site, delta in deltas_of(model).items():
         with torch.no_grad():
             for p in delta.parameters():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import inlay
+from inlay.authoring.projections import Fastfood, hadamard_matrix, transform
 from inlay.authoring.sparse import distinct, places
 from inlay.errors import ConfigError
 from inlay.stack import need_state
@@ -18,8 +19,6 @@ from inlay.testing.layers import deltas_of, gradients, settled
 from inlay.testing.models import batch_for
 from inlay.testing.tools import distance
 from inlay_reparam import IntrinsicSAID
-from inlay_reparam.hadamard import hadamard_matrix, transform
-from inlay_reparam.intrinsic_said import Fastfood
 
 LINEAR = ("linear",)
 
