@@ -30,7 +30,7 @@ class Grid(nn.Module):
     Never saved: `rows` (n,), `columns` (n,), one copy for all layers of one shape that have as many.
     """
 
-    worth: ClassVar[int] = 256  # entries of ΔW that cost what one place costs per token, as measured
+    worth: ClassVar[int] = 200  # entries of ΔW that cost what one place costs per token, as measured
 
     def __init__(self, shape: tuple[int, int], count: int, seed: int, init: Init) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,12 @@ class Mixture(nn.Module):
     weight is what they lack of 1.
     """
 
-    def __init__(self, init: Init, shape: tuple[int, ...], method: VBLoRA) -> None:
+    def __init__(self, init: Init, shape: tuple[int, ...], method: VBLoRA, chosen: bool) -> None:
         super().__init__()
         self.top = method.top_k
         self.logits = init.normal(*shape, method.num_vectors, std=method.logits_std)
+        if chosen:
+            self.choose()
 
     def choose(self) -> None:
         """Leave what is selected now, in place of the logits."""
@@ -49,8 +51,7 @@ class Mixture(nn.Module):
         if "logits" in self._parameters:
             largest, indices = self.logits.topk(self.top, dim=-1)
             return indices, largest.softmax(-1)
-        weights: Any = self.weights
-        return self.indices.long(), torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], -1)  # type: ignore[operator, union-attr]
+        return self.indices.long(), torch.cat([self.weights, 1 - self.weights.sum(-1, keepdim=True)], -1)
 
     def forward(self, vectors: Tensor) -> Tensor:
         """Return the sub-vectors (*, b)."""
@@ -61,20 +62,15 @@ class Mixture(nn.Module):
 class Banked(FactoredDelta):
     """ΔW = B A: `down` gives A's sub-vectors (r, in/b, b), `up` those of B's columns (out/b, r, b)."""
 
-    def __init__(self, site: Site, init: Init, common: Ref, method: VBLoRA) -> None:
+    def __init__(self, site: Site, init: Init, common: Ref, method: VBLoRA, chosen: bool) -> None:
         super().__init__()
-        self.down = Mixture(init, (method.rank, site.in_features // method.vector_length), method)
-        self.up = Mixture(init, (site.out_features // method.vector_length, method.rank), method)
+        self.down = Mixture(init, (method.rank, site.in_features // method.vector_length), method, chosen)
+        self.up = Mixture(init, (site.out_features // method.vector_length, method.rank), method, chosen)
         self.common, self.rate = common, method.dropout
 
     def factors(self, like: Tensor) -> Factored:
         vectors = self.common.module["bank"].to(like.dtype)
         return Factored(self.down(vectors).flatten(1), self.up(vectors).transpose(1, 2).flatten(0, 1))
-
-    def choose(self) -> None:
-        """End training here."""
-        self.down.choose()
-        self.up.choose()
 
 
 @dataclass(frozen=True)
@@ -110,17 +106,12 @@ class VBLoRA(SharingMethod):
         check_most("top_k", self.top_k, self.num_vectors, f"num_vectors={self.num_vectors}")
 
     def common(self, sites: Sequence[Site], adapter: Adapter) -> nn.Module:
-        init = adapter.init(shared="common")
-        return nn.ParameterDict(
-            {"bank": init.uniform(self.num_vectors, self.vector_length, bound=self.bound)}
-        )
+        draw = adapter.init(shared="common").uniform
+        return nn.ParameterDict({"bank": draw(self.num_vectors, self.vector_length, bound=self.bound)})
 
     def beside(self, site: Site, adapter: Adapter, common: Ref) -> Banked:
         check_divides("vector_length", self.vector_length, site, site.out_features, site.in_features)
-        delta = Banked(site, adapter.init(site), common, self)
-        if adapter.data.get("chosen"):
-            delta.choose()
-        return delta
+        return Banked(site, adapter.init(site), common, self, bool(adapter.data.get("chosen")))
 
     @staticmethod
     @hookimpl
@@ -142,4 +133,5 @@ def choose(adapter: Adapter) -> None:
     """End training: of the logits, keep which vectors they select and how much of each."""
     adapter.data["chosen"] = True
     for _, delta in adapter.placed:
-        delta.choose()  # type: ignore[operator]
+        delta.down.choose()  # type: ignore[union-attr, operator]
+        delta.up.choose()  # type: ignore[union-attr, operator]

@@ -87,7 +87,7 @@ class WaveFT(SpectralMethod):
     a permutation of out·in seeded with `seed`, never saved. c = 0, or N(0, 0.01²) with init="normal".
     proportional=True gives a layer n in proportion to its entries, the sum for all layers kept.
 
-    Parameters: n per layer. arXiv 2505.12532. ΔW is formed only where n is more than out·in / 256.
+    Parameters: n per layer. arXiv 2505.12532. ΔW is formed only where n is more than out·in / 200.
     """
 
     id: ClassVar[str] = "waveft"
