@@ -1,4 +1,4 @@
-"""Makes `dense` importable by the tests of this folder."""
+"""Makes `rotations` importable by the tests of this folder."""
 
 import sys
 from pathlib import Path

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from dense import SITES, Layer, adapted, check_layer, exact, placed_at, plain, series, skew_of
+from rotations import SITES, Layer, adapted, check_layer, exact, placed_at, plain, series, skew_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense import SITES, Layer, adapted, check_layer, placed_at, plain
+from rotations import SITES, Layer, adapted, check_layer, placed_at, plain
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification

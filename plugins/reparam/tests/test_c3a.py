@@ -112,7 +112,9 @@ def test_half_precision_models() -> None:
 
 def test_a_block_that_does_not_divide_is_refused_with_those_that_do() -> None:
     model = settled("llama")
-    with pytest.raises(ConfigError, match=r"block_size does not divide the layer[\s\S]*one of 1, 2, 4, 8, 16\n"):
+    with pytest.raises(
+        ConfigError, match=r"block_size does not divide the layer[\s\S]*one of 1, 2, 4, 8, 16\n"
+    ):
         inlay.attach(model, C3A(block_size=32, targets=["value"]))
     assert "_inlay_state" not in vars(model)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense import agrees
+from dense_models import agrees
 from torch import Tensor, nn
 from torch.nn import functional as F
 

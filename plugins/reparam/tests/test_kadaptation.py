@@ -145,9 +145,7 @@ def test_layers_outside_of_blocks_have_biases_of_their_own() -> None:
 
 def test_sizes_are_checked_before_the_model_is_touched() -> None:
     model = settled("llama")
-    with pytest.raises(
-        ConfigError, match=r"n does not divide the layer[\s\S]*n=32; [\s\S]*1, 2, 4, 8, 16\n"
-    ):
+    with pytest.raises(ConfigError, match=r"n does not divide the layer[\s\S]*n=32; [\s\S]*1, 2, 4, 8, 16\n"):
         inlay.attach(model, KAdaptation())
     assert "_inlay_state" not in vars(model)
 

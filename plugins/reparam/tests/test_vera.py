@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense import agrees, placed
+from dense_models import agrees, placed
 from torch import Tensor, nn
 
 import inlay
