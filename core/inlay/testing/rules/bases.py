@@ -129,7 +129,7 @@ class Plain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.third = nn.Linear(12, 20), nn.Linear(20, 20), nn.Linear(20, 5)
+        self.first, self.second, self.third = nn.Linear(12, 20), nn.Linear(20, 20), nn.Linear(20, 6)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
         logits = self.third(self.second(self.first(x).tanh()).tanh())
