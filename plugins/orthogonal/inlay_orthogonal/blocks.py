@@ -61,9 +61,11 @@ def some_left_out(change: Tensor, rate: float) -> Tensor:
 def check_divides(name: str, size: int, features: int, site: Site, step: int = 1) -> None:
     """Raise unless blocks of `size` features make up all of a site's, which may be 2, 2 + `step`, …."""
     if features % size:
-        works = [n for n in range(2, features + 1, step) if features % n == 0]
+        works = [str(n) for n in range(2, features + 1, step) if features % n == 0]
         raise ConfigError(
             f"{name}={size} does not divide the features of a layer",
             saw=f"{site.name} has {features}",
-            do=f"give one of {', '.join(map(str, works))}, or choose other targets",
+            do=f"give {name}={', '.join(works)}, or choose other targets"
+            if works
+            else "choose other targets",
         )
