@@ -55,13 +55,15 @@ class Curvature:
     def spread(self, jacobian: Tensor, samples: int, precision: Tensor) -> Tensor:
         """Return J (G ⊗ Q + λ)⁻¹ Jᵀ (n, C, C) of J (n, C, o, i).
 
-        (G ⊗ Q + λ)⁻¹ is 1/λ but along the kept directions, where it is 1/(γq + λ).
+        (G ⊗ Q + λ)⁻¹ is 1/(γq + λ) along the kept directions, 1/λ for what is left of J beside them:
+        two sums of squares, so that no rounding makes a variance negative.
         """
-        inside = self.gives.vectors @ jacobian @ self.reads.vectors.T
-        strengths = self.strengths(samples)
-        share = strengths / (strengths + precision)
-        whole = torch.einsum("ncoi,ndoi->ncd", jacobian, jacobian)
-        return (whole - torch.einsum("ncoi,oi,ndoi->ncd", inside, share, inside)) / precision
+        gives, reads = self.gives.vectors, self.reads.vectors
+        inside = gives @ jacobian @ reads.T
+        beside = jacobian - gives.T @ inside @ reads
+        certain = 1 / (self.strengths(samples) + precision)
+        left = torch.einsum("ncoi,ndoi->ncd", beside, beside) / precision
+        return left + torch.einsum("ncoi,oi,ndoi->ncd", inside, certain, inside)
 
 
 class Directions:
@@ -122,8 +124,8 @@ class Predictive(NamedTuple):
         drawn = torch.randn(
             samples, classes, generator=torch.Generator().manual_seed(seed), dtype=self.mean.dtype
         )
-        eye = torch.eye(classes, dtype=self.mean.dtype, device=self.mean.device)
-        root = torch.linalg.cholesky(self.covariance + 1e-6 * eye)
+        values, vectors = torch.linalg.eigh(self.covariance)
+        root = vectors * values.clamp(min=0).sqrt()[:, None]
         return torch.stack(
             [(m + drawn.to(m) @ r.T).softmax(-1).mean(0) for m, r in zip(self.mean, root, strict=True)]
         )

@@ -203,6 +203,17 @@ def test_a_larger_precision_means_less_doubt_and_none_in_the_end() -> None:
         assert bool((found.amax(-1) < plain.amax(-1)).all())
 
 
+@pytest.mark.parametrize("precision", [1e-4, 1e8])
+def test_rounding_makes_no_variance_negative(precision: float) -> None:
+    model = trained().float()
+    posterior = laplace(model, "fr", [batch(16), batch(16, 1)])
+    posterior.precision = precision
+    predictive = posterior.predict(batch(4, 2))
+    values = torch.linalg.eigvalsh(predictive.covariance)
+    assert bool((values[:, 0] >= -1e-5 * values[:, -1]).all())
+    assert torch.allclose(predictive.probabilities().sum(-1), torch.ones(4))
+
+
 def test_fitting_changes_nothing_and_dropout_is_off() -> None:
     model = trained(LoRA(rank=2, dropout=0.5), hidden_dropout_prob=0.5).train()
     flags = {n: m.training for n, m in model.named_modules()}
