@@ -121,7 +121,7 @@ VERA = Converter(
     write_config=lambda settings: {"save_projection": True},
     reads=frozenset({"save_projection"}),
     starts=STARTS,
-    shared={"vera_A": "projections.A", "vera_B": "projections.B"},
+    shared={"vera_A": "common.A", "vera_B": "common.B"},
 )  # fmt: skip
 
 RANDLORA = Converter(
@@ -139,7 +139,7 @@ RANDLORA = Converter(
     },
     reads=frozenset({"save_projection", "sparse", "very_sparse"}),
     starts=STARTS,
-    shared={"randlora_A": "bases.A", "randlora_B": "bases.B"},
+    shared={"randlora_A": "common.A", "randlora_B": "common.B"},
     repeats=True,
     write_shared=lambda name, tensor: tensor[:, None] if name.endswith("A") else tensor,
 )  # fmt: skip
@@ -158,7 +158,7 @@ VBLORA = Converter(
         "r": "rank", "num_vectors": "num_vectors", "vector_length": "vector_length", "topk": "top_k",
         "vblora_dropout": "dropout", "init_vector_bank_bound": "bound", "init_logits_std": "logits_std",
     },
-    shared={"vblora_vector_bank": "bank.vectors"},
+    shared={"vblora_vector_bank": "common.bank"},
 )  # fmt: skip
 
 DELORA = Converter(

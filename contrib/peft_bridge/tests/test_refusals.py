@@ -56,7 +56,6 @@ def refused_from(folder: Path, reason: str, saw: str = "", family: str = "bert")
 @pytest.mark.parametrize(
     ("config", "reason", "saw"),
     [
-        ({"lora_bias": True}, "asks for what has no counterpart", "lora_bias=True"),
         ({"bias": "all"}, "asks for what has no counterpart", "bias='all'"),
         ({"something_new": 3}, "asks for what has no counterpart", "something_new=3"),
         ({"init_lora_weights": "pissa"}, "weights that its start had changed", "pissa"),
@@ -224,3 +223,33 @@ def test_values_are_rounded_to_the_bases_dtype_and_that_is_said(tmp_path: Path) 
     report = from_peft(tmp_path, model)
     assert "values were rounded from float32 to bfloat16" in str(report)
     shake(model)
+
+
+@pytest.mark.parametrize("method", ["vera", "randlora"])
+def test_matrices_that_are_not_in_the_file(method: str, tmp_path: Path) -> None:
+    saved_by_peft("bert", TWINS[method], tmp_path)
+
+    def without(tensors: dict[str, Tensor]) -> None:
+        for key in [k for k in tensors if k.endswith(("_A", "_B"))]:
+            del tensors[key]
+
+    changed(tmp_path, tensors=without)
+    refused_from(tmp_path, "the tensors that all layers share are not in the checkpoint", "common.A")
+
+
+@pytest.mark.parametrize(
+    ("stack", "reason"),
+    [
+        ("lora(bias='layer')", "peft keeps trained biases of layers as values of the base's"),
+        ("delora()", "peft's DeLoRA has no start to subtract"),
+        ("miss(rank=8, mode='bat', dropout=0.1)", "peft's MiSS of this mode has no dropout"),
+        (
+            "vera(rank=4, targets=['query']) + vera(rank=4, targets=['value']).named('two')",
+            "in peft all layers share the same matrices, and here each part has its own",
+        ),
+    ],
+)
+def test_settings_and_parts_that_peft_has_no_place_for(stack: str, reason: str, tmp_path: Path) -> None:
+    model = settled("bert")
+    inlay.attach(model, stack, seed=0)
+    refused_to(model, tmp_path, reason)
