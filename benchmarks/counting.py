@@ -25,13 +25,15 @@ def method_lines(offers: Mapping[str, str]) -> dict[str, int]:
 
     `offers` maps ids to entry points ("module:Class"). A method's lines are those of its package
     that it reaches by name (its class, the classes, functions, constants and imports it uses) and
-    no other method does; "<package> shared" are the others.
+    no other method does, but for one that is made of all of it (a subclass); "<package> shared" are
+    the others.
     """
     reached = {name: _reached(value) for name, value in offers.items()}
     packages = {name: value.partition(":")[0].partition(".")[0] for name, value in offers.items()}
     found: dict[str, int] = {}
     for name, lines in reached.items():
-        beside = [reached[n] for n in offers if n != name and packages[n] == packages[name]]
+        near = [reached[n] for n in offers if n != name and packages[n] == packages[name]]
+        beside = [others for others in near if len(lines - others) > 1]  # 1: the line that offers it
         shared = lines & set().union(*beside)
         found[name] = len(lines - shared)
         if shared:

@@ -12,9 +12,10 @@ from inlay.attach import place, start
 from inlay.differences import Difference, differences
 from inlay.errors import ConfigError, shown
 from inlay.plan import build_adapter
-from inlay.registry import registry
+from inlay.registry import load_one
 from inlay.stack import Placed, State
 
+GROUP = "inlay.low_rank"  # where a package offers the method that holds factors
 LINEAR = ("linear", "conv1d", "conv", "embedding")
 
 
@@ -40,7 +41,7 @@ class LoweredReport:
 
     def __str__(self) -> str:
         return (
-            f"LoRA of rank {self.rank} at {len(self.sites)} sites; ranks of the changes up to "
+            f"rank {self.rank} at {len(self.sites)} sites; ranks of the changes up to "
             f"{max(s.rank for s in self.sites)}; largest error {self.worst:.1e} of the change"
         )
 
@@ -70,22 +71,15 @@ def low_rank(
 ) -> tuple[Placed, LoweredReport]:
     """Return a LoRA of these differences as an adapter's only part, and what it has cost."""
     _check(found)
+    holder = load_one(GROUP, "holder of low-rank changes", "factors")
     factored = [Factors.of(d, rank) for d in found]
     ranks = {d.site.name: max(1, len(f.down)) for d, f in zip(found, factored, strict=True)}
-    biased = any(d.bias is not None for d in found)
-    settings = {
-        "rank": ranks, "alpha": {n: float(r) for n, r in ranks.items()}, "targets": list(ranks),
-        "bias": "own" if biased else "none",
-    }  # fmt: skip
-    method = registry.build("lora", settings)
-    adapter = build_adapter(state.model, method, tuple(d.site for d in found), path=f"{name}/lora")
-    with torch.no_grad():
-        for difference, factors, (_, delta) in zip(found, factored, adapter.placed, strict=True):
-            factors.fill(delta)
-            if difference.bias is not None:
-                delta.get_parameter("bias").copy_(difference.bias)
+    method = holder.method(ranks, biased=any(d.bias is not None for d in found))
+    adapter = build_adapter(state.model, method, tuple(d.site for d in found), path=f"{name}/{method.id}")
+    for difference, factors, (_, delta) in zip(found, factored, adapter.placed, strict=True):
+        holder.fill(delta, factors.down, factors.up, difference.bias)
     sites = tuple(LoweredSite(d.site.name, f.rank, f.error) for d, f in zip(found, factored, strict=True))
-    placed = Placed(state.next_id, name, "lora", method, adapter)
+    placed = Placed(state.next_id, name, method.id, method, adapter)
     return placed, LoweredReport(max(ranks.values()), sites)
 
 
@@ -111,12 +105,6 @@ class Factors:
         error = float(s[kept:].norm() / s.norm()) if rank else 0.0
         return cls(root[:, None] * v[:kept], u[:, :kept] * root, rank, error)
 
-    def fill(self, delta: nn.Module) -> None:
-        """Put the factors into a LoRA's delta, whose scale is 1."""
-        down, up, used = delta.get_parameter("down"), delta.get_parameter("up"), len(self.down)
-        down.zero_()[:used].copy_(self.down.view(used, *down.shape[1:]))
-        up.zero_()[:, :used].copy_(self.up)
-
 
 def _check(found: Sequence[Difference]) -> None:
     """Raise unless a LoRA can hold these differences."""
@@ -125,13 +113,13 @@ def _check(found: Sequence[Difference]) -> None:
     ]
     if odd:
         raise ConfigError(
-            "a LoRA cannot hold every change of this adapter",
+            "low rank cannot hold every change of this adapter",
             saw=f"{odd[0].label} is a {odd[0].site.kind} ({len(odd)} of {len(found)} sites)",
             do="leave those out of its targets, or make full-size differences: inlay.combine(...)",
         )
     if not any(bool(d.weight.any()) or d.bias is not None for d in found):
         raise ConfigError(
-            "there is no change to write as a LoRA",
+            "there is no change to write in low rank",
             saw=f"{len(found)} sites, every ΔW 0",
             do="train the adapter first",
         )

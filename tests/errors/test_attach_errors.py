@@ -95,7 +95,7 @@ def test_another_librarys_adapter_is_refused() -> None:
         r"a module is wrapped by another library's adapter[\s\S]*peft: model\.unload",
         model=model,
     ):
-        inlay.attach(model, LoRA(targets=["0"]))
+        inlay.attach(model, LoRA(rank=2, targets=["0"]))
 
 
 class Final(nn.Linear):
@@ -107,8 +107,8 @@ def test_a_class_that_cannot_be_subclassed_is_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 3), Final(3, 3))
     match = r"a module's class cannot be subclassed[\s\S]*1 is a Final: .*Final is final"
     with refused(AttachError, match, model=model):
-        inlay.attach(model, LoRA(targets=["0", "1"]))
-    inlay.attach(model, LoRA(targets=["0"]))
+        inlay.attach(model, LoRA(rank=2, targets=["0", "1"]))
+    inlay.attach(model, LoRA(rank=2, targets=["0"]))
 
 
 def test_a_part_of_an_adapted_model_is_refused() -> None:
@@ -289,9 +289,9 @@ def test_a_part_whose_place_another_takes_is_refused() -> None:
     model = build("bert")
     match = r"'default/lora' would learn for nothing at classifier\n.*'default/trained', above it"
     with refused(AttachError, match, model=model):
-        inlay.attach(model, LoRA(targets=["head"]) + Trained(targets=["head"]))
-    inlay.attach(model, LoRA(targets=["head"]), train=("head",))  # innermost, whatever else is there
-    inlay.attach(model, LoRA(targets=["head"]), name="second")  # above it, both act
+        inlay.attach(model, LoRA(rank=2, targets=["head"]) + Trained(targets=["head"]))
+    inlay.attach(model, LoRA(rank=2, targets=["head"]), train=("head",))  # innermost, whatever else is there
+    inlay.attach(model, LoRA(rank=2, targets=["head"]), name="second")  # above it, both act
 
 
 def test_an_adapter_another_one_computes_with_stays() -> None:

@@ -126,7 +126,7 @@ NO_WEIGHT_FORM: dict[str, tuple[str, Any, str]] = {
     ),
     "a tied head": (
         "gpt2",
-        LoRA(targets=["head"]),
+        LoRA(rank=2, targets=["head"]),
         r"the weight cannot be written[\s\S]*tied to transformer\.wte\.weight",
     ),
     "a tied embedding": (
@@ -279,7 +279,7 @@ def test_a_sharded_weight_is_refused() -> None:
     init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         model = nn.Sequential(nn.Linear(4, 4))
-        inlay.attach(model, LoRA(targets=["0"]), "fr")
+        inlay.attach(model, LoRA(rank=2, targets=["0"]), "fr")
         mesh = init_device_mesh("cpu", (1,))
         model[0].weight = nn.Parameter(
             distribute_tensor(model[0].weight.detach(), mesh, [Shard(0)]), requires_grad=False

@@ -131,7 +131,7 @@ def test_trace_and_observers_in_a_real_process(install: Install, tmp_path: Path)
     code = """
         import sys, torch, inlay
         model = torch.nn.Sequential(torch.nn.Linear(3, 4))
-        inlay.attach(model, "lora(targets=['0'])")
+        inlay.attach(model, "lora(rank=2, targets=['0'])")
         print(sys.modules["acme_note"].Note.seen)
     """
     done = subprocess.run(
@@ -167,8 +167,8 @@ class Names:
 def test_an_observer_knows_the_adapter_and_a_dry_run_has_none(base: nn.Module, tmp_path: Path) -> None:
     observer = Names()
     with inlay.observe(observer):
-        inlay.plan(base, "lora(targets=['0'])")
-        inlay.attach(base, "lora(targets=['0'])", name="fr")
+        inlay.plan(base, "lora(rank=2, targets=['0'])")
+        inlay.attach(base, "lora(rank=2, targets=['0'])", name="fr")
         inlay.save(base, tmp_path / "saved")
         inlay.merge(base, undo=False)
         inlay.load(base, tmp_path / "saved", name="de")
@@ -180,7 +180,7 @@ def test_an_observer_knows_the_adapter_and_a_dry_run_has_none(base: nn.Module, t
 
 def test_a_summary_only_asks_what_could_merge_and_is_not_observed(base: nn.Module) -> None:
     observer = Names()
-    inlay.attach(base, "lora(targets=['0'])")
+    inlay.attach(base, "lora(rank=2, targets=['0'])")
     with inlay.observe(observer):
         assert inlay.summary(base).parts[0].mergeable
     assert observer.seen == []

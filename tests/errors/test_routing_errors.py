@@ -92,8 +92,8 @@ class Packed(nn.Module):
 
 def test_a_layer_whose_leading_size_is_not_the_batch_is_refused_by_name() -> None:
     model = Packed()
-    inlay.attach(model, LoRA(targets=["inner"]), "fr")
-    inlay.attach(model, LoRA(targets=["outer"]), "de")
+    inlay.attach(model, LoRA(rank=2, targets=["inner"]), "fr")
+    inlay.attach(model, LoRA(rank=2, targets=["outer"]), "de")
     x = torch.randn(2, 3, 4)
     with (
         refused(

@@ -221,7 +221,7 @@ def test_the_error_of_a_lower_rank_is_stated_and_right() -> None:
         left = (exact[site.site].weight - changes(model, "less")[site.site]).norm() / singular.norm()
         assert abs(site.error - float(left)) < 1e-5
     assert 0 < report.worst < 1
-    assert str(report).startswith("LoRA of rank 4 at 10 sites; ranks of the changes up to 32; largest error")
+    assert str(report).startswith("rank 4 at 10 sites; ranks of the changes up to 32; largest error")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
@@ -266,13 +266,13 @@ def test_changes_that_overlap_and_do_not_commute_are_refused() -> None:
 
 def test_a_lora_that_cannot_hold_the_change_is_refused() -> None:
     model = two(first="ssf")
-    match = r"a LoRA cannot hold every change of this adapter\n  saw: \S+ is a norm \(\d+ of \d+ sites\)"
+    match = r"low rank cannot hold every change of this adapter\n  saw: \S+ is a norm \(\d+ of \d+ sites\)"
     with refused(ConfigError, match, model=model):
         inlay.to_lora(model, "a", name="plain")
     bare = settled("bert")
     inlay.attach(bare, "lora", "a")
     with refused(
-        ConfigError, r"there is no change to write as a LoRA\n  saw: 4 sites, every ΔW 0", model=bare
+        ConfigError, r"there is no change to write in low rank\n  saw: 4 sites, every ΔW 0", model=bare
     ):
         inlay.to_lora(bare, "a", name="plain")
 

@@ -20,8 +20,8 @@ from inlay.testing.profiles import profile
 
 ROOT = Path(__file__).parents[2]
 FOUND = collect(ROOT.glob("plugins/*/tests/test_conformance.py"))
-# Of each method the first declared; Mixtral's layers have no biases for BitFit and SSF's β.
-FIRST = {joined.kind.id: joined for joined in reversed(FOUND) if joined.kind.id not in ("ssf", "bitfit")}
+# Of each method the first declared; Mixtral's experts have no place for a bias (SSF's β, KAdaptation's c).
+FIRST = {j.kind.id: j for j in reversed(FOUND) if not j.adds_biases and j.kind.id != "bitfit"}
 LINEAR = [j for j in FIRST.values() if isinstance(j.kind.accepts, frozenset) and "linear" in j.kind.accepts]
 TARGETS = (("linear",), ("down", "value"), ("experts",))
 ON_EXPERTS = [dataclasses.replace(j, families=tuple(EXPERTS), targets=TARGETS) for j in LINEAR]

@@ -11,7 +11,6 @@ from torch import Tensor
 from inlay.authoring import Init, Site, setting
 from inlay_lora.drawn import Gaussian, Kaiming, Orthogonal
 from inlay_lora.factors import LowRank, LowRankMethod
-from inlay_lora.start import Layer
 
 DELTA = 1e-8  # added to the diagonal of A Aᵀ
 
@@ -25,10 +24,6 @@ class FrozenDown(LowRank):
     def __init__(self, site: Site, init: Init, method: LoRAFA) -> None:
         super().__init__(site, init, method)
         down = self.down.detach()
-        if method.redrawn and init.later:  # no file holds it
-            down = method.start.factors(Layer(site, method.r, method.scale, tuple(down.shape[1:])), init)[
-                0
-            ].detach()
         del self.down
         self.register_buffer("down", down, persistent=not method.redrawn)
         self.corrected = method.corrected
