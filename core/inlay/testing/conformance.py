@@ -21,6 +21,8 @@ from inlay.testing.profiles import profile
 from inlay.testing.rule import Rule
 from inlay.testing.rules import RULES
 
+EXCUSED = 20  # times the examples, to find one that an excuse is for
+
 
 class MethodConformance:
     """Subclass as `class TestX(MethodConformance)`; every rule becomes a test of its own.
@@ -86,18 +88,19 @@ def _further(cls: type[MethodConformance]) -> bool:
 
 def test_of(rule: Rule, joined: Joined, excused: dict[str, str], *, share: float) -> Callable[..., None]:
     """Return the test of one rule for one method: a property over cases, or a single check."""
+    reason = excused.get(rule.number)
+    looks = rule.share * share * (1 if reason is None else EXCUSED)
     if rule.once:
 
         def test(self: Any) -> None:
             rule(joined)
     else:
 
-        @profile(rule.share * share)
+        @profile(looks)
         @given(case=st.deferred(lambda: drawn(rule, joined)))
         def test(self: Any, case: Case) -> None:  # type: ignore[misc]
             rule(case)
 
-    reason = excused.get(rule.number)
     return test if reason is None else pytest.mark.xfail(strict=True, reason=reason)(test)
 
 

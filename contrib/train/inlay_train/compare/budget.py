@@ -10,11 +10,11 @@ from torch import nn
 
 import inlay
 from inlay import InlayError
-from inlay.authoring import Method
+from inlay.authoring import ConfigError, Method
 
 SIZES = ("rank", "width", "length")  # what methods call their size; the first one a method has is its dial
 SHORT_BY = 0.1  # a stack may stay this share under its budget: sizes are whole numbers
-MOST = 2**20
+MOST, BEYOND = 2**20, 2**60
 
 
 def fitted(model: nn.Module, stack: str, budget: int) -> str:
@@ -30,6 +30,10 @@ def fitted(model: nn.Module, stack: str, budget: int) -> str:
     for number, counted in enumerate(sized):
         counted.size = largest(counted.at, rest // (len(sized) - number))
         rest -= counted.at(counted.size)
+    for counted in sized:  # what layers too small for a larger size have left over
+        here = counted.at(counted.size)
+        counted.size = largest(counted.at, here + rest)
+        rest -= counted.at(counted.size) - here
     if rest < 0 or rest > SHORT_BY * budget:
         raise _unmet(stack, counts, budget, budget - rest)
     return " + ".join(written(c.name, c.method_at(c.size)) for c in counts)
@@ -53,16 +57,22 @@ class Counted:
         return self.method if size is None else dataclasses.replace(self.method, **{self.dial: size})
 
     def at(self, size: int | None) -> int:
-        """Return the parameters at `size`."""
+        """Return the parameters at `size`; `BEYOND` any budget where a layer is too small for it."""
         if size not in self.known:
-            self.known[size] = inlay.plan(self.model, self.method_at(size)).parameters
+            try:
+                self.known[size] = inlay.plan(self.model, self.method_at(size)).parameters
+            except ConfigError:
+                if size in (None, 1):
+                    raise
+                self.known[size] = BEYOND
         return self.known[size]
 
     def sizes(self) -> str:
         """Say which sizes are nearest, and what they have."""
         if self.size is None:
             return f"{self.name} has no size to choose: {self.at(None):,} parameters"
-        near = [f"{self.dial}={size}: {self.at(size):,}" for size in (self.size, self.size + 1)]
+        sizes = [size for size in (self.size, self.size + 1) if self.at(size) < BEYOND]
+        near = [f"{self.dial}={size}: {self.at(size):,}" for size in sizes]
         return f"{self.name} with {' and '.join(near)} parameters"
 
 

@@ -65,7 +65,7 @@ def test_a_stack_meets_its_budget_or_the_error_names_what_is_near(
 
 
 def test_settings_that_were_given_are_kept(model: nn.Module) -> None:
-    assert fitted(model, 'lora(targets=["query"], alpha=4.0, rank=99)', 400) == (
+    assert fitted(model, 'lora(targets=["query"], alpha=4.0, rank=9)', 400) == (
         "lora(targets=['query'], rank=3, alpha=4.0)"
     )
 
