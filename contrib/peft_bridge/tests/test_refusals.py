@@ -165,7 +165,7 @@ def test_adapters(family: str, stack: str, reason: str, tmp_path: Path) -> None:
 
 def test_a_convolution_that_peft_runs_in_another_way(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(4, 6, 3, dilation=2))
-    inlay.attach(model, "lora(targets=['0'])")
+    inlay.attach(model, "lora(rank=2, targets=['0'])")
     refused_to(model, tmp_path, "runs the factors of this convolution in another way")
 
 
