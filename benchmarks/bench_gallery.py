@@ -30,12 +30,12 @@ STARTS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora_ga")
 WITHIN = 0.03  # of LoRA's accuracy, else the method's page says why
 
 
-def stacks(packages: Sequence[str]) -> dict[str, str]:
+def stacks(packages: Sequence[str], *, starts: bool) -> dict[str, str]:
     """Return what to train, by the name it is shown under."""
     origins = inlay.methods()
     names = [n for n, o in origins.items() if o.distribution in packages]
     found = {name: SETTINGS.get(name, name) for name in sorted(names)}
-    return found | {f"lora from {start}": f"lora(start={start}())" for start in STARTS}
+    return found | {f"lora from {start}": f"lora(start={start}())" for start in STARTS if starts}
 
 
 def main() -> None:
@@ -43,8 +43,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("bench-gallery"), help="where runs are kept")
     parser.add_argument("--packages", nargs="*", default=PACKAGES)
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, a thread each")
+    parser.add_argument("--starts", action="store_true", help="LoRA's starting points, too")
     given = parser.parse_args()
-    wanted = stacks(given.packages)
+    wanted = stacks(given.packages, starts=given.starts)
     recipe = demo.Recipe(stacks=(demo.HEAD, *wanted.values()), processes=given.processes)
     console = Console(highlight=False, soft_wrap=True)
     given.work.mkdir(parents=True, exist_ok=True)
