@@ -22,7 +22,8 @@ SMALL = {  # defaults are for wider layers
     "qa_lora": "qa_lora(rank=2, group=4)", "vblora": "vblora(vector_length=8)", "miss": "miss(rank=8)",
     "gralora": "gralora(rank=8)", "kadaptation": "kadaptation(n=8)", "road": "road(group_size=8)",
     "oft": "oft(block_size=8)", "intrinsic_said": "intrinsic_said(d=200)", "hiwi": "hiwi(target='weight')",
-    "fourierft": "fourierft(n_frequency=100)", "randlora": "randlora(rank=8)", "waveft": "waveft(n_frequency=100)",
+    "fourierft": "fourierft(n_frequency=100)", "randlora": "randlora(rank=8)",
+    "waveft": "waveft(n_frequency=100)",
 }
 done = []
 for name, origin in inlay.methods().items():
