@@ -19,7 +19,8 @@ from inlay.plan import build_adapter
 from inlay.registry import registry
 from inlay.stack import Placed, State
 
-Rule = Callable[[Tensor, Tensor, float, torch.Generator], Tensor]
+Keep = Callable[[Tensor, float, torch.Generator], Tensor]
+Join = Callable[[Tensor, Tensor], Tensor]
 
 
 def combine(
@@ -102,26 +103,29 @@ def _by_weights(
     """Return the combined difference at each site that any of the adapters changes."""
     found = [differences(parts) for parts in sources.values()]
     sites = {name: d.site for each in found for name, d in each.items()}
-    factors = torch.tensor(weights, dtype=torch.float64)
     combined = []
     for number, (name, site) in enumerate(sites.items()):
-        generator = torch.Generator().manual_seed(seed + number)
         here = [each.get(name) for each in found]
-
-        def joined(
-            which: str, here: list[Difference | None] = here, g: torch.Generator = generator
-        ) -> Tensor | None:
-            tensors = [None if d is None else getattr(d, which) for d in here]
-            like = next((t for t in tensors if t is not None), None)
-            if like is None:
-                return None
-            stacked = torch.stack([torch.zeros_like(like) if t is None else t for t in tensors])
-            return RULES[how](stacked, factors.to(stacked.device), density, g)
-
-        weight = joined("weight")
+        generator = torch.Generator().manual_seed(seed + number)
+        weight, bias = (
+            _joined([getattr(d, which, None) for d in here], weights, how, density, generator)
+            for which in ("weight", "bias")
+        )
         assert weight is not None
-        combined.append(Difference(site, weight, joined("bias")))
+        combined.append(Difference(site, weight, bias))
     return combined
+
+
+def _joined(
+    tensors: Sequence[Tensor | None], weights: list[float], how: str, density: float, g: torch.Generator
+) -> Tensor | None:
+    """Return one tensor of each adapter's, None standing for 0; None if no adapter changes it."""
+    like = next((t for t in tensors if t is not None), None)
+    if like is None:
+        return None
+    stacked = torch.stack([torch.zeros_like(like) if t is None else t for t in tensors])
+    keep, join = RULES[how]
+    return join(keep(stacked, density, g), stacked.new_tensor(weights))
 
 
 def _dense(state: State, name: str, found: Sequence[Difference]) -> Placed:
@@ -140,27 +144,11 @@ def _dense(state: State, name: str, found: Sequence[Difference]) -> Placed:
     return Placed(state.next_id, name, method.id, method, adapter)
 
 
-def _linear(stacked: Tensor, weights: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    return torch.einsum("n...,n->...", stacked, weights)
+def _all(stacked: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    return stacked
 
 
-def _magnitude(stacked: Tensor, weights: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    return _linear(_largest(stacked, density), weights, density, generator)
-
-
-def _dare(stacked: Tensor, weights: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    return _linear(_dropped(stacked, density, generator), weights, density, generator)
-
-
-def _ties(stacked: Tensor, weights: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    return _elected(_largest(stacked, density), weights)
-
-
-def _dare_ties(stacked: Tensor, weights: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    return _elected(_dropped(stacked, density, generator), weights)
-
-
-def _largest(stacked: Tensor, density: float) -> Tensor:
+def _largest(stacked: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """Return each of the stacked tensors (n, ...) with all but the largest share of its entries at 0."""
     flat = stacked.flatten(1)
     keep = max(1, round(density * flat.shape[1]))
@@ -174,6 +162,11 @@ def _dropped(stacked: Tensor, density: float, generator: torch.Generator) -> Ten
     return stacked * kept.to(stacked.device) / density
 
 
+def _sum(stacked: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted sum of tensors (n, ...)."""
+    return torch.einsum("n...,n->...", stacked, weights)
+
+
 def _elected(stacked: Tensor, weights: Tensor) -> Tensor:
     """Return the weighted mean of the entries whose sign is that of the weighted sum."""
     shares = weights.view(-1, *(1,) * (stacked.dim() - 1))
@@ -182,9 +175,10 @@ def _elected(stacked: Tensor, weights: Tensor) -> Tensor:
     return (votes * agree).sum(0) / (agree * shares).sum(0).abs().clamp(min=1e-12)
 
 
-RULES: dict[str, Rule] = {
-    "linear": _linear, "cat": _linear, "svd": _linear, "magnitude": _magnitude, "dare": _dare,
-    "ties": _ties, "dare_ties": _dare_ties,
+# What is kept of each ΔWᵢ, and how these are joined.
+RULES: dict[str, tuple[Keep, Join]] = {
+    "linear": (_all, _sum), "cat": (_all, _sum), "svd": (_all, _sum), "magnitude": (_largest, _sum),
+    "dare": (_dropped, _sum), "ties": (_largest, _elected), "dare_ties": (_dropped, _elected),
 }  # fmt: skip
 
 # -- tensor by tensor ---------------------------------------------------------------------------------
@@ -246,5 +240,5 @@ def _summed(state: State, name: str, number: int, parts: Sequence[Placed], weigh
                 tensor.copy_(sources[0][key])
                 continue
             stacked = torch.stack([s[key].float() for s in sources])
-            tensor.copy_(torch.einsum("n...,n->...", stacked, factors.to(stacked.device)))
+            tensor.copy_(_sum(stacked, factors.to(stacked.device)))
     return Placed(state.next_id + number, name, like.part_name, like.method, adapter)

@@ -168,7 +168,8 @@ class Factored:
         return self.scale * (self.up.to(like.dtype) @ self.down.to(like.dtype))
 
     def effect(self, x: Tensor) -> Tensor:
-        return self.scale * F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        inner = F.linear(x, self.down.to(x.dtype))
+        return F.linear(inner if self.scale == 1 else inner * self.scale, self.up.to(x.dtype))
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,6 @@ class Difference:
     weight: Tensor
     bias: Tensor | None
 
-    @property
-    def label(self) -> str:
-        return self.site.name
-
 
 def differences(parts: Sequence[Placed]) -> dict[str, Difference]:
     """Return what one adapter's parts, innermost first, do to the base's weights, by site.
@@ -37,7 +33,7 @@ def differences(parts: Sequence[Placed]) -> dict[str, Difference]:
     Exact up to the rounding of float64, whatever the methods, their scalings and options. Raises
     `ConfigError` where a part has no weight form, or parts act on one layer in a way that has no sum.
     """
-    _checkapart(parts)
+    _check_apart(parts)
     folds: dict[str, tuple[ModuleSite, Fold]] = {}
     for placed in parts:
         for site, fold in _folds(placed).items():
@@ -69,7 +65,7 @@ def _difference(site: ModuleSite, fold: Fold) -> Difference:
     return Difference(site, changed - weight, shifted if shifted is not None and shifted.any() else None)
 
 
-def _checkapart(parts: Sequence[Placed]) -> None:
+def _check_apart(parts: Sequence[Placed]) -> None:
     """Raise if changes of overlapping parts of a fused layer do not commute: they have no sum by site."""
     modules: dict[nn.Module, list[tuple[Placed, ModuleSite, bool]]] = {}
     for placed in parts:

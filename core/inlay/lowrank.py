@@ -114,7 +114,7 @@ def _check(found: Sequence[Difference]) -> None:
     if odd:
         raise ConfigError(
             "low rank cannot hold every change of this adapter",
-            saw=f"{odd[0].label} is a {odd[0].site.kind} ({len(odd)} of {len(found)} sites)",
+            saw=f"{odd[0].site.name} is a {odd[0].site.kind} ({len(odd)} of {len(found)} sites)",
             do="leave those out of its targets, or make full-size differences: inlay.combine(...)",
         )
     if not any(bool(d.weight.any()) or d.bias is not None for d in found):

@@ -177,12 +177,12 @@ def _calibrate(state: State, part: Part, sites: tuple[Site, ...], data: Iterable
             do="pass inlay.attach(..., data=batches)",
         )
     bare = use(state.model) if state.placed else nullcontext()
-    with torch.random.fork_rng(devices=[]), _evaluating(state.model), bare:
+    with torch.random.fork_rng(devices=[]), evaluating(state.model), bare:
         return registry.call("calibrate", part.method, model=state.model, sites=sites, batches=data)
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the model in evaluation mode for a while; each module gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -64,7 +64,7 @@ def read(tensors: Tensors, place: Place) -> Tensors:
 def factors(place: Place) -> Tensors:
     """Return A and B of a site's change; of double rank from a start that is kept beside them."""
     delta: Any = place.deltas[0]
-    down, up = delta.pair(delta.down.dtype) if hasattr(delta, "pair") else (delta.down, delta.up)
+    down, up = delta.pair(delta.down.dtype)
     return {"down": down.detach(), "up": up.detach()}
 
 

@@ -5,6 +5,7 @@ from inlay.authoring.batches import calls, gradients, own_loss, rows
 from inlay.authoring.bysite import by_site
 from inlay.authoring.composite import Composite
 from inlay.authoring.linear import LinearDelta
+from inlay.authoring.rates import two_rates
 from inlay.authoring.trained import OwnValues, Shift, Trained
 from inlay.context import At, Call
 from inlay.delta import (
@@ -38,5 +39,5 @@ __all__ = [
     "LinearDelta", "Method", "ModuleSite", "OutputDelta", "OwnValues", "Ref", "RoutingError",
     "SequenceDelta", "SequenceSite", "Shift", "Site", "Stage", "Strategy", "SublayerSite", "TargetError",
     "Trained", "WeightDelta", "Weights", "by_site", "calls", "gradients", "hookimpl", "own_loss", "read",
-    "register", "rows", "setting", "wide",
+    "register", "rows", "setting", "two_rates", "wide",
 ]  # fmt: skip

@@ -65,11 +65,11 @@ class MethodConformance:
         unknown = sorted(cls.excused.keys() - RULES.keys())
         if unknown:
             raise TypeError(f"{cls.__name__} excuses {unknown[0]!r}, which is no rule")
-        joined = cls.joined()
+        joined, further = cls.joined(), _further(cls)
         for rule in RULES.values():
             name = f"test_{rule.number}_{rule.check.__name__}"
-            if rule.covers(joined) and not (rule.costly and _further(cls)):
-                setattr(cls, name, test_of(rule, joined, cls.excused, share=0.5 if _further(cls) else 1.0))
+            if rule.covers(joined) and not (rule.costly and further):
+                setattr(cls, name, test_of(rule, joined, cls.excused, share=0.5 if further else 1.0))
             elif hasattr(cls, name):
                 setattr(cls, name, None)  # not the one of the class it derives from
 

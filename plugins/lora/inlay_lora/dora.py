@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from inlay.authoring import Adapter, At, Group, Init, Site, hookimpl, setting
+from inlay.authoring import Adapter, At, Group, Init, Site, hookimpl, setting, two_rates
 from inlay_lora.factors import LowRank, LowRankMethod
 from inlay_lora.start import Layer
 
@@ -94,8 +94,4 @@ class DoRA(LowRankMethod):
     @staticmethod
     @hookimpl
     def parameter_groups(method: DoRA, adapter: Adapter, lr: float | None) -> list[Group]:  # type: ignore[override]
-        rate = method.lr if lr is None else lr
-        names = adapter.trainable_names()
-        magnitudes = [n for n in names if n.endswith(".magnitude")]
-        factors = [n for n in names if n not in magnitudes]
-        return [Group(factors, rate, method.weight_decay), Group(magnitudes, rate, 0.0)]
+        return two_rates(method, adapter, lr, ".magnitude", 1.0, decay=0.0)

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from inlay.authoring import ConfigError, Init, ModuleSite, setting
-from inlay_lora.start import Factors, Layer, Start, split
+from inlay_lora.start import Factors, Layer, Start, best
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +50,6 @@ class LoftQ(Start):
             )
         error = full.to(lossy) - lossy
         return best(error, layer.rank, layer.scale)
-
-
-def best(matrix: Tensor, rank: int, scale: float = 1.0) -> Factors:
-    """Return A (r, in) and B (out, r) for which s·B A is nearest to a matrix (out, in)."""
-    left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
-    return split(left[:, :rank], singular[:rank], right[:rank], scale)
 
 
 def alternate(

@@ -28,6 +28,10 @@ class LowRankEmbedding(OutputDelta):
         self.scale, self.output_scale = method.scale, site.output_scale
         self.padding: int | None = site.module.padding_idx  # type: ignore[assignment]
 
+    def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return A (r, V) and B (d, r)."""
+        return self.down.to(dtype), self.up.to(dtype)
+
     def forward(self, x: Tensor, y: Tensor, at: At) -> Tensor:
         """Return Δy (*, d) of token ids x (*)."""
         rows = F.embedding(x, self.down.T, self.padding)
@@ -35,7 +39,8 @@ class LowRankEmbedding(OutputDelta):
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return E + s (B A)ᵀ for the table E (V, d)."""
-        return weight + self.scale * (self.up.to(weight.dtype) @ self.down.to(weight.dtype)).T, bias
+        down, up = self.pair(weight.dtype)
+        return weight + self.scale * (up @ down).T, bias
 
 
 def _check_table(site: ModuleSite, method: LowRankMethod) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from inlay.authoring import Init, setting
-from inlay_lora.start import Factors, Layer, Start, principal, split
+from inlay_lora.start import Factors, Layer, Start, best, principal, split
 
 SPARE = 8  # directions that a randomised decomposition looks for beyond those it gives
 
@@ -34,7 +32,6 @@ class PiSSA(Start):
     def factors(self, layer: Layer, init: Init) -> Factors:
         weight, r = layer.weight(), layer.rank
         if self.niter is None:
-            left, singular, right = torch.linalg.svd(weight, full_matrices=False)
-        else:
-            left, singular, right = principal(weight, r + SPARE, self.niter, init.generator)
+            return best(weight, r, layer.scale)
+        left, singular, right = principal(weight, r + SPARE, self.niter, init.generator)
         return split(left[:, :r], singular[:r], right[:r], layer.scale)

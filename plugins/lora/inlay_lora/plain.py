@@ -26,6 +26,6 @@ def plain(model: nn.Module, name: str = "default") -> dict[str, Factored]:
                     saw=f"{placed.path} at {site.name}: {type(delta).__name__}",
                     do="name an adapter or part of LoRA alone",
                 )
-            down, up = delta.pair(delta.down.dtype) if isinstance(delta, LowRank) else (delta.down, delta.up)
+            down, up = delta.pair(delta.down.dtype)
             found[site.name] = Factored(down.detach(), up.detach(), delta.scale)
     return found

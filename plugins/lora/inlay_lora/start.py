@@ -97,6 +97,12 @@ def split(left: Tensor, singular: Tensor, right: Tensor, scale: float) -> Factor
     return root[:, None] * right, left * root
 
 
+def best(matrix: Tensor, rank: int, scale: float = 1.0) -> Factors:
+    """Return A (r, in) and B (out, r) for which s·B A is nearest to a matrix (out, in)."""
+    left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
+    return split(left[:, :rank], singular[:rank], right[:rank], scale)
+
+
 def principal(
     matrix: Tensor, rank: int, niter: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from inlay.authoring import ConfigError
 from inlay.masks import mask_of
+from inlay.plan import evaluating
 from inlay.stack import need_state
 
 
@@ -104,15 +104,3 @@ def refused(name: str, what: str) -> ConfigError:
         saw=f"{name}, {what}",
         do="name a part whose tensors are such matrices, as LoRA's on linear layers, in the model's dtype",
     )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode within the block."""
-    learning = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in learning:
-            module.training = True

@@ -19,9 +19,10 @@ from inlay.authoring import (
     hookimpl,
     read,
     setting,
+    two_rates,
     wide,
 )
-from inlay_reparam.sharing import FactoredDelta, two_rates
+from inlay_reparam.sharing import FactoredDelta
 from inlay_reparam.sizes import check_rank
 
 LEAST = 1e-4  # of a norm that is divided by

@@ -1,4 +1,4 @@
-"""What several methods here are built on: a module that all layers share, computed factors, two rates."""
+"""What several methods here are built on: a module that all layers share, computed factors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from inlay.authoring import Adapter, Delta, Factored, Group, LinearDelta, Method, Ref, Site, hookimpl, setting
+from inlay.authoring import Adapter, Delta, Factored, LinearDelta, Method, Ref, Site, hookimpl, setting
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,3 @@ class FactoredDelta(LinearDelta):
     def product(self, like: Tensor) -> Tensor:
         """Return B A (out, in)."""
         return self.factors(like).dense(like)
-
-
-def two_rates(
-    method: Method, adapter: Adapter, lr: float | None, ending: str, ratio: float, decay: float | None = None
-) -> list[Group]:
-    """Return the parameters whose names end so in a group with `ratio` times the rate of the others."""
-    rate, names = method.lr if lr is None else lr, adapter.trainable_names()
-    apart = [n for n in names if n.endswith(ending)]
-    others = [n for n in names if n not in apart]
-    return [Group(others, rate, method.weight_decay), Group(apart, rate * ratio, decay)]

@@ -19,8 +19,9 @@ from inlay.authoring import (
     Stage,
     hookimpl,
     setting,
+    two_rates,
 )
-from inlay_reparam.sharing import FactoredDelta, SharingMethod, two_rates
+from inlay_reparam.sharing import FactoredDelta, SharingMethod
 from inlay_reparam.sizes import check_divides, check_most
 
 
