@@ -119,7 +119,8 @@ def start(model: nn.Module, name: str, verb: str) -> State:
     """Return the model's state for a new adapter called `name`, or raise."""
     check_module(model, verb)
     state = state_of(model)
-    if state is None:
+    if state is None or state.model is not model:
+        _refuse_wrapped(model, verb)
         if any(isinstance(m, Host) for m in model.modules()):
             raise AttachError(
                 "this module is part of a model, or holds one, that has adapters of its own",
@@ -144,6 +145,15 @@ def start(model: nn.Module, name: str, verb: str) -> State:
             do=f'choose another name, or inlay.detach(model, "{name}") first',
         )
     return state
+
+
+def _refuse_wrapped(model: nn.Module, verb: str) -> None:
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise AttachError(
+            "the model is wrapped already, and its wrapper would not know the adapter's tensors",
+            saw=f"a {type(model).__name__}, which noted at its start what to reduce or to copy",
+            do=f"{verb} to the model inside (.module), then wrap that anew",
+        )
 
 
 def refused_while_merged(state: State, verb: str) -> MergedError:

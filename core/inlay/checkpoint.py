@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from inlay import identity, manifest, tensorfile
 from inlay.adapter import Adapter
 from inlay.attach import place, start
+from inlay.distributed import mesh_of, once
 from inlay.errors import CheckpointError, ConfigError, InlayError, RegistryError, near, shown
 from inlay.manifest import FILE, MAX_METHODS, damaged, read_manifest
 from inlay.plan import build_adapter, resolve_names
@@ -47,7 +48,8 @@ def save(
 
     The old checkpoint in the folder stays whole until the new one is complete. Saving over a
     checkpoint of another stack is refused unless `overwrite`. Merged parts are saved as if
-    unmerged. The digest covers the manifest and, through it, the tensors.
+    unmerged. The digest covers the manifest and, through it, the tensors. Of a sharded model all
+    processes must save at once: together they gather, and the first of them writes.
     """
     state = need_state(model)
     placed = state.find(name) if name is not None else _all_parts(state)
@@ -57,13 +59,17 @@ def save(
     parts = [_describe(p, part_name, number, tensors) for number, (p, part_name) in enumerate(named)]
     data = to_bytes(tensors)
     content = manifest.sealed({
-        "format": manifest.FORMAT, "parts": parts, "base": identity.identity(model),
+        "format": manifest.FORMAT, "parts": parts, "base": identity.identity(state.model),
         "tensors": tensorfile.file_name(data),
         "versions": {"inlay": version("inlay"), "torch": str(torch.__version__)},
     })  # fmt: skip
-    _refuse_other_stack(path, content["parts"], overwrite)
     text = json.dumps(content, indent=1, ensure_ascii=True)
-    tensorfile.commit(path, content["tensors"], data, text.encode())
+
+    def write() -> None:
+        _refuse_other_stack(path, content["parts"], overwrite)
+        tensorfile.commit(path, content["tensors"], data, text.encode())
+
+    once(mesh_of(state.model), write)
     return str(content["digest"])
 
 

@@ -54,7 +54,7 @@ def _facts(model: nn.Module, left_out: Iterable[str]) -> dict[str, Any]:
         "architecture": _own_class(model).__name__,
         "config": _digest(json.dumps(_config(model), sort_keys=True, default=str).encode()),
         "shapes": _digest(json.dumps(shapes, sort_keys=True).encode()),
-        "weights": _sample({k: t for k, t in tensors.items() if k not in omitted}),
+        "weights": sample({k: t for k, t in tensors.items() if k not in omitted}),
     }
 
 
@@ -86,7 +86,7 @@ def _replaced(state: State | None) -> set[str]:
     return names
 
 
-def _sample(tensors: dict[str, torch.Tensor]) -> str | None:
+def sample(tensors: dict[str, torch.Tensor]) -> str | None:
     """Digest a few evenly spaced values of every tensor; None where there are none (meta)."""
     digest = hashlib.sha256()
     for name in sorted(tensors):

@@ -133,6 +133,7 @@ def check_training(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
     `TrainingError` naming the first tensor that breaks one of these.
     """
     state = need_state(model)
+    model = state.model
     if any(p.merged for p in state.placed.values()):
         raise refused_while_merged(state, "check_training")
     gone = sites_still_there(state)
