@@ -25,7 +25,7 @@ from inlay.hosts import (
 )
 from inlay.method import Method
 from inlay.multihead import ShortcutPort, takes_shortcuts
-from inlay.plan import Plan, build, check_module, planned, resolve_stack, with_trained
+from inlay.plan import Plan, build, check_dtype, check_module, planned, resolve_stack, with_trained
 from inlay.ports import BlockPort, Port
 from inlay.sites import AttentionSite, ModuleSite, SequenceSite
 from inlay.stack import Part, Placed, Stack, State, check_name, need_state, state_of
@@ -41,13 +41,15 @@ def attach(
     trainable: bool = True,
     data: Iterable[Any] | None = None,
     seed: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Plan:
     """Attach a stack to `model`, in place, under `name`; return the plan that was carried out.
 
     The adapter goes on top of the active stack (`activate=False`: not) and learns
     (`trainable=False`: not); the base stops learning. `train` names targets (such as "head") whose
     own tensors learn too. `data` are batches for methods that calibrate. `seed` makes its weights;
-    by default one is drawn from torch's generator.
+    by default one is drawn from torch's generator. `dtype` is what its tensors are kept in, by default
+    the base's own; either way it computes in the dtype of the activations that it meets.
 
     Raises `ConfigError`, `TargetError` or `AttachError` with the model untouched.
     """
@@ -56,7 +58,8 @@ def attach(
     seed = int(torch.randint(2**31, (), device="cpu").item()) if seed is None else seed
     if not isinstance(seed, int) or not 0 <= seed < 2**53:
         raise ConfigError("this cannot be a seed", saw=f"seed={shown(seed)}", do="give an integer from 0 on")
-    built = build(state, name, resolved, seed=seed, data=data)
+    check_dtype(dtype)
+    built = build(state, name, resolved, seed=seed, data=data, dtype=dtype)
     _refuse_hidden(built)
     place(state, built, activate=activate, trainable=trainable)
     return planned(model, [(Part(p.part_name, p.method), p.adapter) for p in built])

@@ -83,6 +83,12 @@ def _row(rows: Tensor, i: int) -> Tensor:
     return rows[i if rows.shape[0] > 1 else 0]
 
 
+def joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """Join tensors of one dtype in it; autocast would refuse one that is neither float32 nor its own."""
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return torch.cat(list(tensors), dim)
+
+
 def run_rows(
     call: Call, alone: Call, site: SequenceSite, members: Sequence[tuple[Delta, At]]
 ) -> dict[str, Tensor]:
@@ -92,7 +98,7 @@ def run_rows(
     all of it, at positions −p … −1 if these are rotary, else 0 … p−1; returned are the keys and values
     they leave (what they leave depends on nothing but them). Elsewhere: what the first block reads.
     """
-    rows = torch.cat([delta(at) for delta, at in members])[None].to(site.dtype)
+    rows = joined([delta(at).to(site.dtype) for delta, at in members], 0)[None]
     if site.entry is None:
         return {"rows": rows}
     alone.model, alone.recording, alone.prepared = call.model, {}, call.prepared
@@ -151,7 +157,7 @@ class Gate:
         assert call is not None
         call.tokens[self.virtual.site.name] = hidden.shape[1]
         call.front = self.virtual.visible(hidden.shape[0], hidden.device)
-        hidden = torch.cat([self.virtual.rows(hidden), hidden], dim=1)
+        hidden = joined([self.virtual.rows(hidden), hidden], 1)
         if args:
             return (hidden, *args[1:]), kwargs
         return (), {**kwargs, next(iter(kwargs)): hidden}
