@@ -95,9 +95,9 @@ class Adapter:
         reference = site.reference if site is not None else self.sites[0].reference if like is None else like
         name = shared if site is None else f"{site.name}#{sum(s is site for s, _ in self.placed)}"
         seed = self.seed if seed is None else seed
-        if self.dtype is not None:
-            reference = reference.to(self.dtype)
-        return Init(f"{seed}/{name}", reference, meta=self.meta, filled=self.filled)
+        made = Init(f"{seed}/{name}", reference, meta=self.meta, filled=self.filled)
+        made.dtype = self.dtype or made.dtype
+        return made
 
     def child(self, name: str, method: Method) -> Adapter:
         """Return the adapter of a method inside this one, its deltas made but owned by the caller.

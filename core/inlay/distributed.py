@@ -103,7 +103,7 @@ def _fill(state: State, placed: Placed) -> None:
     adapter = placed.adapter
     made = build_adapter(
         state.model, placed.method, adapter.sites, seed=adapter.seed, calibration=adapter.calibration,
-        data=adapter.data, find=state.adapter_of,
+        data=adapter.data, find=state.adapter_of, dtype=adapter.dtype,
     )  # fmt: skip
     values = _tensors(made)
     with torch.no_grad():
