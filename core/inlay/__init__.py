@@ -10,6 +10,7 @@ from inlay.attach import attach, detach, set_trainable
 from inlay.checkpoint import load, save
 from inlay.combine import combine
 from inlay.errors import CannotMerge, InlayError
+from inlay.lifecycle import lifecycle
 from inlay.lowrank import to_lora
 from inlay.merge import merge, unmerge
 from inlay.plan import plan
@@ -23,6 +24,6 @@ observe = registry.observing
 
 __all__ = [
     "CannotMerge", "InlayError", "advance", "anatomy", "attach", "auxiliary_loss", "check_training",
-    "combine", "detach", "load", "merge", "methods", "observe", "parameter_groups", "plan", "route", "save",
-    "set_trainable", "stages", "summary", "to_lora", "unmerge", "use",
+    "combine", "detach", "lifecycle", "load", "merge", "methods", "observe", "parameter_groups", "plan",
+    "route", "save", "set_trainable", "stages", "summary", "to_lora", "unmerge", "use",
 ]  # fmt: skip

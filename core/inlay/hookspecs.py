@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from inlay.adapter import Adapter
     from inlay.context import Call
     from inlay.delta import Fold
+    from inlay.lifecycle import Step
     from inlay.method import Method
     from inlay.sites import Site
     from inlay.training import Group, Stage
@@ -83,6 +84,25 @@ def prepare(method: Method, adapter: Adapter, call: Call) -> Mapping[str, Tensor
 @hookspec(firstresult=True)
 def auxiliary_loss(method: Method, adapter: Adapter) -> Tensor | None:
     """Return this adapter's extra loss term (a scalar), or None."""
+
+
+@hookspec(firstresult=True)
+def before_step(method: Method, adapter: Adapter, step: Step) -> None:
+    """Act before the first forward pass of an optimizer step, as drawing what it samples.
+
+    Runs again when a run is resumed, so what it does may depend on `step` and the adapter alone; it
+    draws with `step.generator()`, which gives every process the same.
+    """
+
+
+@hookspec(firstresult=True)
+def after_backward(method: Method, adapter: Adapter, step: Step) -> None:
+    """Act when all gradients of an optimizer step are there, unscaled, and before they are used."""
+
+
+@hookspec(firstresult=True)
+def after_step(method: Method, adapter: Adapter, step: Step) -> None:
+    """Act after the optimizer's step; the gradients it used are still there."""
 
 
 @hookspec(firstresult=True)

@@ -27,6 +27,7 @@ from inlay.packages import state_of_path
 from inlay.settings import from_plain
 
 GROUP, OBSERVERS = "inlay.methods", "inlay.observers"
+SILENT = ("auxiliary_loss", "before_step", "after_backward", "after_step")  # hooks that need not answer
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class Registry:
 
     def checked(self, hook: str, method: Method, answer: Any) -> Any:
         """Return what a hook gave; raise if it is not what the contract names."""
-        if answer is None and hook not in ("auxiliary_loss",):
+        if answer is None and hook not in SILENT:
             raise RegistryError(
                 f"the hook {hook!r} gave no answer",
                 saw=f"None from {self._whence(type(method))}",

@@ -15,6 +15,7 @@ from inlay.adapter import Adapter
 from inlay.attach import bypassed, refused_while_merged, sites_still_there
 from inlay.backends import backend_of
 from inlay.errors import ConfigError, RegistryError, StateError, TrainingError, shown
+from inlay.lifecycle import unfollowed
 from inlay.registry import registry
 from inlay.stack import Placed, State, need_state
 
@@ -182,11 +183,21 @@ def check_training(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
                 "build it from inlay.parameter_groups(model)")  # fmt: skip
         _refuse(names, held - learning, "the optimizer holds a tensor that does not learn",
                 "build it from inlay.parameter_groups(model) after attaching")  # fmt: skip
+        _refuse_unfollowed(state, optimizer)
     without = {id(p) for p in model.parameters() if p.requires_grad and p.grad is None}
     _refuse(names, without, "a trainable tensor got no gradient",
             "call this after loss.backward(); is its adapter active, its site on the path?")  # fmt: skip
     with_grad = {id(p) for p in model.parameters() if p.grad is not None and not p.requires_grad}
     _refuse(names, with_grad, "a frozen tensor has a gradient", "clear stale gradients: model.zero_grad()")
+
+
+def _refuse_unfollowed(state: State, optimizer: torch.optim.Optimizer) -> None:
+    if waiting := unfollowed(state, optimizer):
+        raise TrainingError(
+            "a method acts around each optimizer step, and nothing tells it of them",
+            saw=f"{waiting[0]}, and an optimizer that is not followed",
+            do="call inlay.lifecycle(model, optimizer, steps=...) once, after making the optimizer",
+        )
 
 
 def _refuse_offloaded(state: State) -> None:

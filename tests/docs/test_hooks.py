@@ -23,6 +23,7 @@ from inlay.authoring import (
     OutputDelta,
     Site,
     Stage,
+    Step,
     hookimpl,
     register,
     setting,
@@ -367,6 +368,84 @@ def test_hook_auxiliary_loss() -> None:
     inlay.attach(model, Penalised(targets=["2"]), name="none")
     fill(model, 0.5)
     assert inlay.auxiliary_loss(model).item() == pytest.approx(2 * 6 * 0.25)
+
+
+def around(*hooks: str) -> tuple[type[Method], list[tuple[Any, ...]]]:
+    """Return a method with these hooks around a step, and the list they write (hook, step, draw) to."""
+    seen: list[tuple[Any, ...]] = []
+
+    def noting(hook: str) -> Any:
+        def note(method: Method, adapter: Adapter, step: Step) -> None:
+            gradient = next(iter(adapter.named_parameters()))[1].grad
+            draw = int(torch.randint(1 << 30, (), generator=step.generator()))
+            step.memory["sum"] = step.memory.get("sum", torch.zeros(())) + step.number
+            seen.append((hook, step.number, step.total, gradient is not None, draw))
+
+        return staticmethod(hookimpl(_named(note, hook)))
+
+    return type("Noting", (Tiny,), {"id": "noting", **{hook: noting(hook) for hook in hooks}}), seen
+
+
+def _named(function: Any, name: str) -> Any:
+    function.__name__ = name
+    return function
+
+
+def test_hook_before_step() -> None:
+    kind, seen = around("before_step")
+    model = two_layers()
+    inlay.attach(model, kind(targets=["0"]), seed=3)
+    optimizer = torch.optim.SGD(inlay.parameter_groups(model))
+    following = inlay.lifecycle(model, optimizer, steps=2)
+    for _ in range(2):
+        model(X).sum().backward()
+        model(X).sum().backward()  # accumulated
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [s[:4] for s in seen] == [("before_step", n, 2, n > 1) for n in (1, 2, 3)], "zero_grad comes later"
+    assert len({s[4] for s in seen}) == 3, "each step draws anew"
+    assert following.step == 2
+    following.remove()
+    optimizer.step()
+    assert len(seen) == 3, "removed: no longer followed"
+    inlay.lifecycle(model, optimizer, steps=2)
+    assert seen[-1] == seen[0], "the same step draws the same"
+
+
+def test_hook_after_backward() -> None:
+    kind, seen = around("after_backward")
+    model = two_layers()
+    inlay.attach(model, kind(targets=["0"]))
+    optimizer = torch.optim.SGD(inlay.parameter_groups(model))
+    inlay.lifecycle(model, optimizer)
+    model(X).sum().backward()
+    optimizer.step()
+    assert [s[:4] for s in seen] == [("after_backward", 1, None, True)]
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(X).sum()
+        loss.backward()
+        seen.append(("closure", 2))
+        return loss
+
+    for given in ({"closure": closure}, None):
+        optimizer.step(closure) if given is None else optimizer.step(**given)
+        assert [s[0] for s in seen[-2:]] == ["closure", "after_backward"], "when the closure has run"
+
+
+def test_hook_after_step() -> None:
+    kind, seen = around("after_step", "before_step", "after_backward")
+    model = two_layers()
+    inlay.attach(model, kind(targets=["0"]))
+    optimizer = torch.optim.SGD(inlay.parameter_groups(model))
+    following = inlay.lifecycle(model, optimizer, 9)
+    model(X).sum().backward()
+    optimizer.step()
+    assert [s[:2] for s in seen] == [
+        ("before_step", 1), ("after_backward", 1), ("after_step", 1), ("before_step", 2),
+    ]  # fmt: skip
+    assert following.state_dict() == {"step": 1, "parts": {"default/noting": {"sum": torch.tensor(5.0)}}}
 
 
 def test_hook_parameter_groups() -> None:

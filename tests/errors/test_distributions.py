@@ -36,6 +36,9 @@ SIGNATURES = {
     "calibrate": "calibrate(method, model, sites, batches)",
     "prepare": "prepare(method, adapter, call)",
     "auxiliary_loss": "auxiliary_loss(method, adapter)",
+    "before_step": "before_step(method, adapter, step)",
+    "after_backward": "after_backward(method, adapter, step)",
+    "after_step": "after_step(method, adapter, step)",
     "parameter_groups": "parameter_groups(method, adapter, lr)",
     "stages": "stages(method, adapter)",
 }
@@ -158,6 +161,17 @@ def load_older(base: nn.Module, folder: Path) -> None:
     inlay.load(base, folder / "saved")
 
 
+AROUND = ("before_step", "after_backward", "after_step")
+
+
+def one_step(base: nn.Module) -> None:
+    """Take one optimizer step, followed."""
+    optimizer = torch.optim.SGD(inlay.parameter_groups(base))
+    inlay.lifecycle(base, optimizer)
+    base(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+
+
 ASKS: dict[str, Callable[[nn.Module, Path], Any]] = {
     "inject": attach,
     "trainable_mask": attach,
@@ -168,6 +182,7 @@ ASKS: dict[str, Callable[[nn.Module, Path], Any]] = {
     "parameter_groups": lambda m, f: attached(m, f, lambda: inlay.parameter_groups(m)),
     "stages": lambda m, f: attached(m, f, lambda: inlay.stages(m, "default")),
     "auxiliary_loss": lambda m, f: attached(m, f, lambda: inlay.auxiliary_loss(m)),
+    **{hook: lambda m, f: attached(m, f, lambda: one_step(m)) for hook in AROUND},
     "prepare": lambda m, f: attached(m, f, lambda: m(torch.ones(2, 3))),
 }
 # An answer of another type, and, where the answer holds things, one that holds the wrong things.
@@ -182,6 +197,7 @@ WRONG = {
     "parameter_groups": ["None", "{}", "[{'params': []}]"],
     "stages": ["None", "{}", "['train']"],
     "auxiliary_loss": ["0.5", "{}"],  # None says that there is no loss
+    **dict.fromkeys(AROUND, ()),  # these act, whatever they answer
 }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from inlay import InlayError
 
 MARK = "trainer_state.json"  # what transformers writes last
+LIFECYCLE = "lifecycle.pt"  # what methods keep from step to step
 WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 

@@ -72,6 +72,23 @@ class Adapted:
             self.optimizer = kind([{**group, "lr": group["lr"] * self.rate} for group in groups], **settings)
         return super().create_optimizer(model)
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return transformers' schedule; methods that act around a step are told how many come."""
+        if self.adapter is not None:
+            self.lifecycle = inlay.lifecycle(self.model, self.optimizer, num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.adapter is not None and self.args.should_save:
+            torch.save(self.lifecycle.state_dict(), Path(output_dir) / resumable.LIFECYCLE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.adapter is not None and checkpoint is not None:
+            saved = torch.load(Path(checkpoint) / resumable.LIFECYCLE, weights_only=True)
+            self.lifecycle.load_state_dict(saved)
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:

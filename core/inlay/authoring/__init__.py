@@ -24,6 +24,7 @@ from inlay.delta import (
 )
 from inlay.errors import CannotMerge, ConfigError, RoutingError, TargetError
 from inlay.hookspecs import hookimpl
+from inlay.lifecycle import Step
 from inlay.method import Method
 from inlay.registry import registry
 from inlay.settings import Strategy, setting
@@ -37,7 +38,7 @@ __all__ = [
     "Adapter", "At", "AttentionDelta", "AttentionSite", "BlockSite", "Call", "CannotMerge", "Change",
     "Compact", "Composite", "ConfigError", "Delta", "Factored", "Group", "Init", "InputDelta", "KeyValues",
     "LinearDelta", "Method", "ModuleSite", "OutputDelta", "OwnValues", "Ref", "RoutingError",
-    "SequenceDelta", "SequenceSite", "Shift", "Site", "Stage", "Strategy", "SublayerSite", "TargetError",
-    "Trained", "WeightDelta", "Weights", "by_site", "calls", "gradients", "hookimpl", "own_loss", "read",
-    "register", "rows", "setting", "two_rates", "wide",
+    "SequenceDelta", "SequenceSite", "Shift", "Site", "Stage", "Step", "Strategy", "SublayerSite",
+    "TargetError", "Trained", "WeightDelta", "Weights", "by_site", "calls", "gradients", "hookimpl",
+    "own_loss", "read", "register", "rows", "setting", "two_rates", "wide",
 ]  # fmt: skip

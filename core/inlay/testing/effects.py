@@ -148,6 +148,7 @@ def train(
     optimizer = OPTIMIZERS[kind](list(model.parameters()) if whole else inlay.parameter_groups(model, lr))
     for group in optimizer.param_groups if lr is not None else ():
         group["lr"] = lr
+    inlay.lifecycle(model, optimizer, steps)
     for step in range(steps):
         optimizer.zero_grad()
         backward(model, seed=step)

@@ -55,6 +55,7 @@ def watch(model: nn.Module, path: str, batch: dict[str, Any]) -> tuple[Tensor, T
 def fit(model: nn.Module, batch: dict[str, Any], *, steps: int = 60) -> tuple[float, float]:
     """Take AdamW steps on one batch at the methods' own rates; return the loss before and after."""
     optimizer = torch.optim.AdamW(inlay.parameter_groups(model))
+    inlay.lifecycle(model, optimizer, steps)
     losses = []
     for step in range(steps + 1):
         loss = model(**batch).loss + inlay.auxiliary_loss(model)

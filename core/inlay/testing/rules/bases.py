@@ -143,6 +143,7 @@ def _learn(model: nn.Module, x: Tensor) -> None:
     optimizer = torch.optim.Adam(inlay.parameter_groups(model))
     for group in optimizer.param_groups:
         group["lr"] = 0.05
+    inlay.lifecycle(model, optimizer, 3)
     for _ in range(3):
         optimizer.zero_grad()
         (model(x).square().mean() + inlay.auxiliary_loss(model)).backward()

@@ -209,6 +209,7 @@ def refused_while_merged(case: Case) -> None:
             return
         before, shown = snapshot(model), output(model)
         without = [f"{NAME}/{m.name}" for m in case.members if f"{NAME}/{m.name}" not in case.merging()[:1]]
+        optimizer = torch.optim.SGD([torch.zeros(1)])
         for what, forbidden in {
             "attach": lambda: case.attach(model, "de"),
             "load": lambda: inlay.load(model, folder, "de"),
@@ -216,6 +217,7 @@ def refused_while_merged(case: Case) -> None:
             "combine": lambda: inlay.combine(model, {NAME: 1.0}, name="mix"),
             "set_trainable": lambda: inlay.set_trainable(model, NAME),
             "parameter_groups": lambda: inlay.parameter_groups(model),
+            "lifecycle": lambda: inlay.lifecycle(model, optimizer),
             "check_training": lambda: inlay.check_training(model),
             "advance": lambda: inlay.advance(model, NAME),
             "use of the bare base": lambda: inlay.use(model),

@@ -82,7 +82,9 @@ def mask_is_true(case: Case) -> None:
         all(bool(t.grad.isfinite().all()) for t in own.values() if t.grad is not None),
         "a gradient is not finite",
     )
-    inlay.check_training(model, OPTIMIZERS["AdamW"](inlay.parameter_groups(model)))
+    optimizer = OPTIMIZERS["AdamW"](inlay.parameter_groups(model))
+    inlay.lifecycle(model, optimizer)
+    inlay.check_training(model, optimizer)
     held = [id(p) for group in inlay.parameter_groups(model, lr=1e-3) for p in group["params"]]
     need(
         sorted(held) == sorted(id(own[n]) for n in masked),
