@@ -34,7 +34,7 @@ class AttentionPort(Port):
     def __init__(self, slot: Slot, site: AttentionSite) -> None:
         super().__init__(slot, site.name, site.module)
         self.site = site
-        self.config: Any = site.module.config
+        self.config: Any = getattr(site.module, "config", None)  # an architecture without is refused
 
     def check(self) -> None:
         check_can_enter(self.site)

@@ -5,6 +5,7 @@ The root and every transformers model inside it are scopes; the outermost one ca
 
 from __future__ import annotations
 
+import inspect
 import os
 from functools import partial
 from typing import Any
@@ -57,10 +58,16 @@ class PretrainedScope(Scope):
         from inlay.checkpoint import save
         from inlay.stack import base_state_dict
 
-        root = self._inlay_state.model
-        if root is self:
+        root, save_base = self._inlay_state.model, super().save_pretrained  # type: ignore[misc]
+        if root is self and "state_dict" in inspect.signature(save_base).parameters:
             kwargs.setdefault("state_dict", base_state_dict(self))
-        saved = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        elif root is self:  # diffusers asks the model
+            base = base_state_dict(self)
+            self.__dict__["state_dict"] = lambda *args, **kwargs: base
+        try:
+            saved = save_base(save_directory, *args, **kwargs)
+        finally:
+            self.__dict__.pop("state_dict", None)
         if root is self and kwargs.get("is_main_process", True):
             save(self, save_directory, overwrite=True)
         return saved

@@ -49,17 +49,23 @@ def learning_adapter(model: nn.Module) -> str | None:
 
 
 @contextmanager
-def without_autocast(model: Any) -> Iterator[None]:
-    """Take accelerate's mixed precision from the front of the model's forward for a while.
+def own_forward(model: Any) -> Iterator[None]:
+    """Take what engines put in front of the model's forward off for a while.
 
-    It stands on the instance, where inlay allows nothing that might bypass an adapter.
+    accelerate's mixed precision and TRL's head stand on the instance, where inlay allows nothing
+    that might bypass an adapter.
     """
-    wrapped = model.__dict__.pop("forward", None) if "_original_forward" in model.__dict__ else None
+    instance = model.__dict__.get("forward")
+    known = "_original_forward" in model.__dict__ or (
+        instance is not None and getattr(instance, "__wrapped__", None) is type(model).forward
+    )
+    if known:
+        model.__dict__.pop("forward", None)
     try:
         yield
     finally:
-        if wrapped is not None:
-            model.__dict__["forward"] = wrapped
+        if known and instance is not None:
+            model.__dict__["forward"] = instance
 
 
 @contextmanager

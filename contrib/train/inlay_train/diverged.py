@@ -66,7 +66,7 @@ def _bad_output(trainer: Trainer, inputs: Any) -> str:
     hooks = [m.register_forward_hook(look(n)) for n, m in trainer.model.named_modules() if n]
     try:
         with torch.no_grad():
-            trainer.model(**trainer._prepare_inputs(inputs))
+            trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs))
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,4 +1,4 @@
-"""A `transformers.Trainer` for models with an attached stack: what learns is what is saved."""
+"""Trainers of models with an attached stack: what learns is what is saved."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ from inlay import InlayError
 from inlay_train import adapted, card, diverged, resumable, sampling
 
 
-class Trainer(transformers.Trainer):
-    """Trains the adapter `adapter` of a model; everything else is transformers'.
+class Adapted:
+    """What makes a trainer one of adapters: goes in front of `transformers.Trainer` or a subclass of it.
 
-    Checkpoints hold the adapter (`inlay.load` reads them), optimizer, scheduler and random state, and
+        class SFTTrainer(Adapted, trl.SFTTrainer): ...
+
+    The adapter `adapter` of the model is trained; everything else is as in the class behind. Checkpoints hold the adapter (`inlay.load` reads them), optimizer, scheduler and random state, and
     not the base. Each part learns at its method's own rate times `rate`; `lr` replaces these rates
     (`args.learning_rate` is not used). Extra losses of methods are added; a method's stages are walked,
     each with an optimizer of its own and all the steps that `args` say. A loss or gradient that is
     not finite ends training before it is used. `adapter` may be left out where one adapter learns.
 
-    Without an adapter the model trains as transformers trains it.
+    Without an adapter the model trains as the class behind trains it.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        args: transformers.TrainingArguments,
+        args: transformers.TrainingArguments | None = None,
         *,
         adapter: str | None = None,
         lr: float | None = None,
@@ -50,7 +52,7 @@ class Trainer(transformers.Trainer):
         self._four_bit = adapted.four_bit_layers(model)
         self._config = adapted.aligned(model)
         with adapted.quantised_base_accepted(model, self.adapter):
-            super().__init__(model, args, **others)
+            super().__init__(model=model, args=args, **others)
         if len(self._stages) > 1 and self.optimizer is not None:
             raise InlayError(
                 "a method with stages needs a new optimizer for each, so none can be given",
@@ -90,13 +92,17 @@ class Trainer(transformers.Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return transformers' loss, in training with the methods' extra terms, once per optimizer step."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        """Return the engine's loss, in training with the methods' extra terms, once per optimizer step."""
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, *outputs = found if return_outputs else (found,)
         if self.adapter is not None and model.training:
-            whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            steps = self.current_gradient_accumulation_steps if whole or self.compute_loss_func else 1
+            scaled = self.loss_is_scaled_for_ga
+            if scaled is None:  # as transformers decides it
+                whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+                scaled = whole or self.compute_loss_func is not None
+            steps = self.current_gradient_accumulation_steps if scaled else 1
             loss = loss + inlay.auxiliary_loss(self.model) / steps
-        return (loss, outputs) if return_outputs else loss
+        return (loss, *outputs) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run transformers' step; stop if its loss is not finite; once, prove that what should learn does."""
@@ -104,7 +110,7 @@ class Trainer(transformers.Trainer):
         if not loss.isfinite():
             raise diverged.error(self, f"the loss is {loss.item()} in {self._now}", inputs)
         if self.adapter is not None and not self._checked:
-            with adapted.without_autocast(self.model):
+            with adapted.own_forward(self.model):
                 inlay.check_training(self.model, self.optimizer)
             self._checked = True
         return loss
@@ -228,7 +234,7 @@ class Trainer(transformers.Trainer):
                 saw=f"{', '.join(map(repr, names))}, and {self.adapter!r} is trained",
                 do="attach the adapter to be trained last",
             )
-        with self._own_config(), adapted.without_autocast(self.model):
+        with self._own_config(), adapted.own_forward(self.model):
             inlay.load(self.model, folder, f"{self.adapter}, read", activate=False, trainable=False)
             inlay.detach(self.model, f"{self.adapter}, read")  # so it is whole, and may replace the other
             inlay.detach(self.model, self.adapter)
@@ -277,3 +283,7 @@ class Trainer(transformers.Trainer):
             yield
         finally:
             adapted.align(self.model, now)
+
+
+class Trainer(Adapted, transformers.Trainer):
+    """Trains the adapter `adapter` of a model; everything else is transformers'."""

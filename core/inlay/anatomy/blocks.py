@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 CROSS = ("cross", "encdec", "encoder_attn", "multihead_attn")
+NAMED = "transformer_blocks"  # what says by its name that it is a list of blocks
 Modules = Mapping[str, nn.Module]
 
 
@@ -39,14 +40,21 @@ def find_blocks(modules: Modules, attentions: Collection[str], two_sided: bool) 
                     side = _side(path) if two_sided else ""
                     blocks[path] = Block(path, modules[path], number, side, whole=whole)
     for name, path in paths.items():
+        module = modules[name]
         cross = any(word in name[len(path) :].lower() for word in CROSS)
-        blocks[path].attentions.append((name, modules[name], cross))
+        cross = cross or getattr(module, "is_cross_attention", False) is True
+        blocks[path].attentions.append((name, module, cross))
     return list(blocks.values())
 
 
 def _block_path(modules: Modules, name: str, attentions: Collection[str]) -> str | None:
-    """Return the outermost list element, `name` itself or above it, that holds at most two attentions."""
+    """Return the outermost list element, `name` itself or above it, that holds at most two attentions.
+
+    Or the element of a list that says by its name what it holds.
+    """
     parts = name.split(".")
+    if NAMED in parts:  # a U-Net's lists hold stages of such lists
+        return ".".join(parts[: parts.index(NAMED) + 2])
     for end in range(1, len(parts) + 1):
         path = ".".join(parts[:end])
         parent = modules[".".join(parts[: end - 1])]

@@ -101,10 +101,10 @@ class Anatomy:
         ]  # fmt: skip
 
     def block_sites(self) -> list[BlockSite]:
-        sublayer = {s.layer: s.features for s in self.sublayers}
+        sublayer = {s.name.rpartition(".")[0]: s.features for s in self.sublayers}
         return [
             BlockSite(name=b.name, module=b.module, role="block", layer=b.layer, side=b.side,
-                      features=sublayer.get(b.layer, 0))
+                      features=sublayer.get(b.name, 0))
             for b in self.blocks if b.whole
         ]  # fmt: skip
 
@@ -195,12 +195,14 @@ class Anatomy:
         leaf = name.rsplit(".", 1)[-1]
         for path, attention, cross in block.attentions:
             if name.startswith(path + "."):
+                leaf = name.rsplit(".", 2)[-2] if leaf == "0" else leaf  # a list of the layer and its dropout
                 fused = fused_parts(leaf, attention, *shape_of(module, kind))
                 return [*fused] or [(alias(leaf, ATTENTION), None)], cross
             parent = path.rsplit(".", 1)[0]
             if "att" in parent.rsplit(".", 1)[-1].lower() and name.startswith(f"{parent}."):
                 return [("output", None)], cross
-        if "att" in name[len(block.name) :].lower():  # of an attention that is none we know
+        inside = name[len(block.name) :].lower()
+        if "att" in inside or "embedder" in inside:  # of an attention that is none we know; a time's embedding
             return [("", None)], False
         if leaf == "dense":
             return [("up" if name.split(".")[-2] in ("intermediate", "dense") else "down", None)], False
@@ -208,12 +210,15 @@ class Anatomy:
         return [*halves] or [(alias(leaf, FEED_FORWARD) or self._in_sequence(name), None)], False
 
     def _in_sequence(self, name: str) -> str:
-        """Return the role of a layer of a feed-forward written as nn.Sequential: first up, last down."""
+        """Return the role of a layer of a feed-forward written as a list: first up, last down."""
         path, _, leaf = name.rpartition(".")
-        parent = self.modules[path]
-        if not isinstance(parent, nn.Sequential):
+        if path.endswith(".net.0"):  # diffusers' holds its first layer together with the activation
+            path, leaf = path.removesuffix(".0"), f"0.{leaf}"
+        listed = path.endswith(".net")
+        if not listed and not isinstance(self.modules[path], nn.Sequential):
             return ""
-        linear = [n for n, m in parent.named_children() if layer_kind(m) == "linear"]
+        below = self.modules[path].named_modules()
+        linear = [n for n, m in below if layer_kind(m) == "linear" and n.count(".") <= listed]
         return {linear[0]: "up", linear[-1]: "down"}.get(leaf, "") if len(linear) > 1 else ""
 
     def _head_modules(self) -> list[nn.Module]:

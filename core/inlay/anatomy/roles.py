@@ -14,13 +14,13 @@ from inlay.sites import Slice
 
 ATTENTION = {
     "query": ("q_proj", "query", "q", "q_lin", "q_attn", "query_proj", "q_head", "project_q", "Wq",
-              "q_b_proj", "projection_query", "to_query"),
+              "q_b_proj", "projection_query", "to_query", "to_q"),
     "key": ("k_proj", "key", "k", "k_lin", "key_proj", "k_head", "project_k", "Wk", "projection_key",
-            "to_key"),
+            "to_key", "to_k"),
     "value": ("v_proj", "value", "v", "v_lin", "value_proj", "v_head", "project_v", "Wv", "projection_value",
-              "to_value"),
+              "to_value", "to_v"),
     "output": ("o_proj", "out_proj", "o", "out_lin", "c_proj", "dense", "post_proj", "attention_out", "Wo",
-               "proj", "projection", "attn_out"),
+               "proj", "projection", "attn_out", "to_out"),
 }  # fmt: skip
 FEED_FORWARD = {
     "gate": ("gate_proj", "wi_0", "w1", "w_0"),
@@ -31,7 +31,7 @@ FEED_FORWARD = {
              "w2", "output_dense", "dense2", "ffn_output", "output_linear", "linear2", "Wo", "c_proj",
              "w_out", "output"),
 }  # fmt: skip
-HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 DIMS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 

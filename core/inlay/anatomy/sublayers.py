@@ -41,7 +41,8 @@ class Sublayers:
         if "experts" in parts:
             return ".".join(parts[: parts.index("experts")])
         above = path.rpartition(".")[0]
-        return above if f"{above}.experts" in self.modules else path
+        listed = isinstance(self.modules[path], nn.ModuleList)  # which is not called
+        return above if listed or f"{above}.experts" in self.modules else path
 
     def ffn(self, path: str, down: ModuleSite, norm: nn.Module | None) -> Iterator[SublayerSite]:
         module = self.modules[path]
