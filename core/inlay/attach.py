@@ -20,6 +20,7 @@ from inlay.hosts import (
     HostPort,
     check_can_host,
     check_can_leave,
+    check_unwrapped,
     is_running,
     unbind_checkpointing,
 )
@@ -88,6 +89,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     going = list(state.placed.values()) if name is None else state.find(name)
     _refuse_if_used(state, going)
     check_can_leave(state.ports)
+    if len(going) == len(state.placed):
+        check_unwrapped(state.ports)
     if state.merge_undo:
         from inlay.merge import unmerge
 

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 class Reached(torch.autograd.Function):
     """Gives a tensor on unchanged; `others` are reached by its backward too, without a gradient.
 
-    Nothing is computed or added for them: where they have a gradient, it stays the same bits.
+    Nothing is computed or added for them: where they have a gradient, it stays the same bits. What
+    comes out is a view, which torch lets nobody write to; a loss, which some do scale in place, is a copy.
     """
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, *others: Tensor) -> Tensor:
         ctx.others = len(others)
-        return tensor.view_as(tensor)
+        return tensor.view_as(tensor) if tensor.dim() else tensor.clone()
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]

@@ -37,7 +37,10 @@ def telling_errors(command: Callable[..., None]) -> Callable[..., None]:
             errors = sys.modules.get("inlay.errors")  # not imported: then it is none of ours
             if errors is None or not isinstance(error, errors.InlayError):
                 raise
-            typer.echo(error, err=True)
+            from inlay_train import processes
+
+            if processes.tells(error):
+                typer.echo(error, err=True)
             raise typer.Exit(1) from error
 
     return told

@@ -18,10 +18,11 @@ from transformers.trainer_utils import EvalPrediction
 
 import inlay
 from inlay import InlayError
-from inlay_train import figures, loading, resumable
+from inlay.distributed import check_same
+from inlay_train import figures, loading, processes, resumable
 from inlay_train.config import RunConfig
 from inlay_train.figures import Result
-from inlay_train.folder import RESULT, TASK, Folder, write
+from inlay_train.folder import FREE, RESULT, TASK, Folder, record, write
 from inlay_train.prepare import Prepared, longest, prepare
 from inlay_train.tasks import Examples
 from inlay_train.trainer import Trainer
@@ -43,13 +44,14 @@ def train(
 
     With `resume`, go on from the last checkpoint in the folder; a run that is finished is only read.
     Raises `InlayError` for whatever is wrong, before a weight is loaded where that can be known, and
-    `Stopped` when asked to stop (Ctrl-C).
+    `Stopped` when asked to stop (Ctrl-C). Every process of several calls it; the first one writes.
     """
     console = console or Console(quiet=True)
     prepared = prepared or prepare(config)
+    processes.agree(facts(prepared))
     folder = Folder(config.output.resolve())
-    with folder.claimed():
-        resuming = folder.holds(prepared, resume=resume)
+    with processes.of_main(folder.claimed):
+        resuming = processes.together(lambda: folder.holds(prepared, resume=resume))
         if resuming and (done := finished(folder)):
             console.print("this run is finished already")
             return done
@@ -83,23 +85,26 @@ class Run:
         self._attach(model)
         trainer = self._trainer(model)
         self._tell(model)
-        if not resuming:
+        checkpoint = processes.gathered(trainer.last_checkpoint() if resuming else None)[0]
+        if not resuming and processes.is_main():
             self.folder.begin(self.prepared)
-        checkpoint = trainer.last_checkpoint() if resuming else None
         if resuming:
             self.console.print(
                 f"resuming from {checkpoint.name}" if checkpoint else "no checkpoint yet: from the start"
             )
-        with self.watch.watching():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        result = self._measure(trainer)
-        try:
-            self._leave(trainer, result)
-        except (OSError, InlayError) as error:
-            if not (reason := resumable.not_written(error)):
-                raise
-            raise resumable.cannot_write(self.folder.path, reason, trainer.last_checkpoint()) from error
+        with processes.noticing(lambda: self._how_to_go_on(trainer)):
+            with self.watch.watching():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            result = self._measure(trainer)
+            processes.together(lambda: self._leave(trainer, result))
         return result
+
+    def _how_to_go_on(self, trainer: Trainer) -> str:
+        last = trainer.last_checkpoint()
+        return (
+            f"see above why it ended; then start all again with --output {self.config.output} --resume: "
+            + (f"{last.name} is whole" if last else "there is no checkpoint yet, so from the start")
+        )
 
     # -- data ----------------------------------------------------------------------------------------
 
@@ -133,6 +138,7 @@ class Run:
         if self.prepared.stack is not None:
             with torch.random.fork_rng(devices=[]):
                 inlay.attach(model, self.prepared.stack, ADAPTER, seed=self.config.seed, data=self._batches())
+            processes.together(lambda: check_same(model))
 
     def _tell(self, model: nn.Module) -> None:
         self.console.print(
@@ -156,7 +162,8 @@ class Run:
 
     def _arguments(self) -> TrainingArguments:
         config = self.config
-        per_epoch = math.ceil(math.ceil(len(self.learn) / config.batch) / config.accumulate)
+        batches = math.ceil(len(self.learn) / (config.batch * processes.count()))
+        per_epoch = math.ceil(batches / config.accumulate)
         total = config.steps or math.ceil(config.epochs * per_epoch)
         every = min(config.evaluate_every or per_epoch, total)
         return TrainingArguments(
@@ -172,6 +179,8 @@ class Run:
             logging_steps=max(1, math.ceil(total / POINTS)), logging_nan_inf_filter=False,
             activation_checkpointing=config.gradient_checkpointing, report_to="none", disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(), label_names=["labels"],
+            use_cpu=processes.on_cpu(),
+            ddp_find_unused_parameters=None if self.prepared.stack is None else False,  # core reaches them
         )  # fmt: skip
 
     def _metrics(self, found: EvalPrediction) -> dict[str, float]:
@@ -204,9 +213,19 @@ class Run:
         )  # fmt: skip
 
     def _leave(self, trainer: Trainer, result: Result) -> None:
-        """Leave adapter, card, picture and figures in the folder; the figures last: then it is finished."""
+        """Leave the results in the folder, or say why they cannot be written."""
+        try:
+            trainer.save_model()
+            if processes.is_main():
+                self._write(trainer, result)
+        except (OSError, InlayError) as error:
+            if not (reason := resumable.not_written(error)):
+                raise
+            raise resumable.cannot_write(self.folder.path, reason, trainer.last_checkpoint()) from error
+
+    def _write(self, trainer: Trainer, result: Result) -> None:
+        """Leave card, picture and figures beside the adapter; the figures last: then it is finished."""
         path = self.folder.path
-        trainer.save_model()
         trainer.create_model_card(tasks=self.task.name)
         result.file_bytes = sum(f.stat().st_size for f in path.glob("*.safetensors"))
         write(path / TASK, json.dumps(self._facts(), indent=1))
@@ -222,6 +241,22 @@ class Run:
             "adapter": self.prepared.stack is not None, "max_length": self.longest, "seed": config.seed,
             "dtype": config.dtype, "bits": config.bits,
         }  # fmt: skip
+
+
+def facts(prepared: Prepared) -> dict[str, str]:
+    """Return what decides a run's weights, in words by name, the packages of its methods too."""
+    if processes.count() == 1:
+        return {}
+    found = record(prepared)
+    settings = {name: str(value) for name, value in found["config"].items() if name not in FREE}
+    digests = {f"{name.replace('_', '-')}, its digest": str(d) for name, d in found["digests"].items()}
+    here = inlay.methods()
+    packages = {
+        f"the package of {part['method']!r}": f"{here[part['method']].distribution} {here[part['method']].version}"
+        for part in prepared.parts
+    }
+    stack = {f"part {part['name']!r}": str(part["settings"]) for part in prepared.parts}
+    return {**packages, **stack, **settings, "model, its digest": found["base"], **digests}
 
 
 def parameters(model: nn.Module) -> int:

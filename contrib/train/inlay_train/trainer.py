@@ -16,7 +16,7 @@ from transformers.trainer_utils import TrainOutput, set_seed
 
 import inlay
 from inlay import InlayError
-from inlay_train import adapted, card, diverged, resumable, sampling
+from inlay_train import adapted, card, diverged, items, processes, resumable, sampling
 
 
 class Adapted:
@@ -24,8 +24,9 @@ class Adapted:
 
         class SFTTrainer(Adapted, trl.SFTTrainer): ...
 
-    The adapter `adapter` of the model is trained; everything else is as in the class behind. Checkpoints hold the adapter (`inlay.load` reads them), optimizer, scheduler and random state, and
-    not the base. Each part learns at its method's own rate times `rate`; `lr` replaces these rates
+    The adapter `adapter` of the model is trained; everything else is as in the class behind. Checkpoints
+    hold the adapter (`inlay.load` reads them), optimizer, scheduler and random state, and not the base.
+    Each part learns at its method's own rate times `rate`; `lr` replaces these rates
     (`args.learning_rate` is not used). Extra losses of methods are added; a method's stages are walked,
     each with an optimizer of its own and all the steps that `args` say. A loss or gradient that is
     not finite ends training before it is used. `adapter` may be left out where one adapter learns.
@@ -53,6 +54,7 @@ class Adapted:
         self._config = adapted.aligned(model)
         with adapted.quantised_base_accepted(model, self.adapter):
             super().__init__(model=model, args=args, **others)
+        self.model_accepts_loss_kwargs &= items.counts_items(model)
         if len(self._stages) > 1 and self.optimizer is not None:
             raise InlayError(
                 "a method with stages needs a new optimizer for each, so none can be given",
@@ -110,8 +112,7 @@ class Adapted:
         if not loss.isfinite():
             raise diverged.error(self, f"the loss is {loss.item()} in {self._now}", inputs)
         if self.adapter is not None and not self._checked:
-            with adapted.own_forward(self.model):
-                inlay.check_training(self.model, self.optimizer)
+            inlay.check_training(self.model, self.optimizer)
             self._checked = True
         return loss
 
@@ -139,7 +140,8 @@ class Adapted:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return sampling.ByLength(sampling.lengths(dataset), self.args.train_batch_size, seed)
+        batch = self.args.train_batch_size * self.args.world_size
+        return sampling.ByLength(sampling.lengths(dataset), batch, seed)
 
     # -- stages and resuming -------------------------------------------------------------------------
 
@@ -165,6 +167,7 @@ class Adapted:
                 if len(stages) > 1:
                     inlay.advance(self.model, path)
             self.optimizer, self.lr_scheduler, checkpoint = None, None, None
+            self.model_wrapped = self.model  # what DDP noted of the stage before is of that stage
 
     def _train_stage(self, checkpoint: Path | None, *args: Any, **kwargs: Any) -> TrainOutput:
         self._checked = False
@@ -254,6 +257,11 @@ class Adapted:
                 raise
             shutil.rmtree(folder, ignore_errors=True)
             raise resumable.cannot_write(folder, reason, self.last_checkpoint()) from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save each process's random state; only then is the checkpoint marked as complete."""
+        super()._save_rng_state(output_dir)
+        processes.gathered(None)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save the adapter alone; the tokenizer too where this is the result and not a checkpoint."""

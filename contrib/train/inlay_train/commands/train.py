@@ -83,21 +83,35 @@ def train(
 
 
 def _run(file: Path | None, given: dict[str, Any], *, resume: bool, as_json: bool) -> None:
+    from inlay_train import processes
+
+    processes.join()
+    try:
+        _trained(file, given, resume=resume, as_json=as_json)
+    finally:
+        processes.leave()
+
+
+def _trained(file: Path | None, given: dict[str, Any], *, resume: bool, as_json: bool) -> None:
     from rich.console import Console
 
-    from inlay_train import run
+    from inlay_train import processes, run
     from inlay_train.prepare import configured
     from inlay_train.watch import Stopped
 
-    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
-    prepared = configured(given, file, resume=resume)
+    main = processes.is_main()
+    console = Console(stderr=as_json, highlight=False, soft_wrap=True, quiet=not main)
+    prepared = processes.together(lambda: configured(given, file, resume=resume))
     try:
         result = run.train(prepared.config, resume=resume, console=console, prepared=prepared)
     except (Stopped, KeyboardInterrupt) as stop:
         saved = f"saved after step {stop.step}" if isinstance(stop, Stopped) else "stopped without saving"
-        typer.echo(f"{saved}; go on with: inlay train --output {prepared.config.output} --resume", err=True)
+        if main:
+            typer.echo(
+                f"{saved}; go on with: inlay train --output {prepared.config.output} --resume", err=True
+            )
         raise typer.Exit(128 + stop.signal if isinstance(stop, Stopped) else 130) from stop
-    if as_json:
+    if main and as_json:
         typer.echo(json.dumps(result.plain))
-    else:
+    elif main:
         console.print("\n".join(run.told(result)), markup=False)
