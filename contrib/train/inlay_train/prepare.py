@@ -81,7 +81,7 @@ def prepare(config: RunConfig) -> Prepared:
     if plain is not None:
         plain.num_labels = len(task.labels) if task is not None and task.labels else 2
     skeleton = found.of(base.skeleton, kind, plain)
-    train = trained_beside(config, stack, skeleton)
+    train = trained_beside(config.task, config.train, stack, skeleton)
     found.of(check_targets, skeleton, stack, train)
     if found.errors:
         raise merged(found.errors)
@@ -153,12 +153,12 @@ def stack_of(method: str) -> Stack | bool:
 
 
 def trained_beside(
-    config: RunConfig, stack: Stack | bool | None, skeleton: nn.Module | None
+    task: str, train: tuple[str, ...] | None, stack: Stack | bool | None, skeleton: nn.Module | None
 ) -> tuple[str, ...]:
     """Return the targets whose own tensors learn beside the stack: the task's, unless it reaches them."""
-    default = TASKS[config.task].train
-    if config.train is not None or not default or not isinstance(stack, Stack) or skeleton is None:
-        return default if config.train is None else config.train
+    default = TASKS[task].train
+    if train is not None or not default or not isinstance(stack, Stack) or skeleton is None:
+        return default if train is None else train
     try:
         return () if reaches_heads(skeleton, stack) else default
     except InlayError:
