@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from inlay.delta import Delta, Ref
 from inlay.errors import AttachError
@@ -201,8 +202,8 @@ class Init:
     """Makes parameters of the dtype of `reference` on its device, from a seed of the site's own.
 
     Values are drawn on the CPU in float32, so that one seed gives the same weights on any device
-    and in any order of creation. On meta sites nothing is drawn, unless values from a file are to be
-    `filled` in: these need not wait for the base's. `later` says that the values will come from
+    and in any order of creation. On meta sites, and on fake tensors, nothing is drawn, unless values from a file
+    are to be `filled` in: these need not wait for the base's. `later` says that the values will come from
     elsewhere, or cannot be known yet, so that there is no point in computing any.
     """
 
@@ -210,7 +211,8 @@ class Init:
         self.dtype = reference.dtype if reference.is_floating_point() else torch.float32
         there = torch.device("cpu") if filled and reference.is_meta else reference.device
         self.device = torch.device("meta") if meta else there
-        self.later = filled or meta or reference.is_meta
+        self.bare = self.device.type == "meta" or isinstance(reference, FakeTensor)
+        self.later = filled or self.bare or reference.is_meta
         self._seed = _number(seed)
         self._generator: torch.Generator | None = None
 
@@ -272,8 +274,8 @@ class Init:
             return build().to(device=self.device, dtype=self.dtype)
 
     def _drawn(self, shape: tuple[int, ...], draw: Callable[[Tensor], Tensor]) -> nn.Parameter:
-        if self.device.type == "meta":
-            return nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta"))
+        if self.bare:
+            return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device))
         return nn.Parameter(draw(torch.empty(shape, device="cpu")).to(device=self.device, dtype=self.dtype))
 
 

@@ -93,8 +93,19 @@ def optimizer(request: Request, made: nn.Module, adapted: bool) -> torch.optim.O
 
     eight, paged = request.optimizer.endswith("8bit"), request.optimizer.startswith("paged")
     with unset_fake_temporarily():  # it makes tables of codes, whose values are computed one by one
-        chosen: torch.optim.Optimizer = AdamW(groups, optim_bits=8 if eight else 32, is_paged=paged)
-    return chosen
+        chosen: Any = AdamW(groups, optim_bits=8 if eight else 32, is_paged=paged)
+    if eight and not adapted:
+        _embeddings_in_full(chosen, made)
+    return chosen  # type: ignore[no-any-return]
+
+
+def _embeddings_in_full(chosen: Any, made: nn.Module) -> None:
+    """Keep the state of embeddings in 32 bits, as the Trainer has it, without noting it for the process."""
+    chosen.mng = object.__new__(type(chosen.mng))
+    chosen.mng.initialize()
+    for module in made.modules():
+        if isinstance(module, nn.Embedding):
+            chosen.mng.pid2config[id(module.weight)] = {"optim_bits": 32}
 
 
 def states(chosen: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
