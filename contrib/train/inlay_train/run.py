@@ -22,6 +22,7 @@ from inlay_train import figures, loading, resumable
 from inlay_train.config import RunConfig
 from inlay_train.figures import Result
 from inlay_train.folder import RESULT, TASK, Folder, write
+from inlay_train.precision import adapter_dtype
 from inlay_train.prepare import Prepared, longest, prepare
 from inlay_train.tasks import Examples
 from inlay_train.trainer import Trainer
@@ -132,7 +133,10 @@ class Run:
     def _attach(self, model: nn.Module) -> None:
         if self.prepared.stack is not None:
             with torch.random.fork_rng(devices=[]):
-                inlay.attach(model, self.prepared.stack, ADAPTER, seed=self.config.seed, data=self._batches())
+                inlay.attach(
+                    model, self.prepared.stack, ADAPTER, seed=self.config.seed, data=self._batches(),
+                    dtype=adapter_dtype(self.config),
+                )  # fmt: skip
 
     def _tell(self, model: nn.Module) -> None:
         self.console.print(
@@ -146,7 +150,7 @@ class Run:
         adapted = self.prepared.stack is not None
         trainer = Trainer(
             model, self._arguments(), adapter=ADAPTER if adapted else None,
-            lr=self.config.lr, rate=self.config.rate,
+            lr=self.config.lr, rate=self.config.rate, masters=self.config.master_weights,
             train_dataset=self.learn, eval_dataset=self.held, processing_class=self.tokenizer,
             data_collator=self.task.collator(self.tokenizer), callbacks=[self.watch],
             compute_metrics=self._metrics, preprocess_logits_for_metrics=self.task.reduce,
@@ -170,7 +174,9 @@ class Run:
             save_total_limit=config.keep, load_best_model_at_end=config.best,
             metric_for_best_model=self.task.metric, greater_is_better=self.task.higher_is_better,
             logging_steps=max(1, math.ceil(total / POINTS)), logging_nan_inf_filter=False,
-            activation_checkpointing=config.gradient_checkpointing, report_to="none", disable_tqdm=True,
+            activation_checkpointing=config.gradient_checkpointing,
+            use_cpu=not torch.accelerator.is_available(), report_to="none", disable_tqdm=True,
+            bf16=config.mixed_precision == "bf16", fp16=config.mixed_precision == "fp16",
             dataloader_pin_memory=torch.cuda.is_available(), label_names=["labels"],
         )  # fmt: skip
 
