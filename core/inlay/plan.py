@@ -102,6 +102,12 @@ def check_module(model: object, verb: str) -> None:
         raise ConfigError(
             f"{verb} needs a torch module", saw=f"a {type(model).__name__}", do="pass the model itself"
         )
+    if type(model).__module__.startswith("torch._dynamo."):
+        raise ConfigError(
+            f"{verb} needs the model that torch.compile was given, not what it gave back",
+            saw=f"a {type(model).__name__} around a {type(getattr(model, '_orig_mod', model)).__name__}",
+            do=f"{verb} to the model itself; what was compiled of it, before or after, runs its adapters",
+        )
 
 
 def check_dtype(dtype: object) -> None:

@@ -225,8 +225,8 @@ def test_a_state_without_these_masters_is_refused() -> None:
     plain = torch.optim.AdamW([parameter], lr=0.1)
     with pytest.raises(ConfigError, match=r"0 masters in it, 1 parameters here have one"):
         optimizer.load_state_dict(plain.state_dict())
+    other = Masters(torch.optim.AdamW, [nn.Parameter(torch.ones(3, dtype=torch.bfloat16))], lr=0.1)
     with pytest.raises(ConfigError, match=r"does not hold the masters"):
-        other = Masters(torch.optim.AdamW, [nn.Parameter(torch.ones(3, dtype=torch.bfloat16))], lr=0.1)
         optimizer.load_state_dict(other.state_dict())
 
 

@@ -55,7 +55,10 @@ class RunConfig(BaseModel):
     evaluate_every: Count | None = None  # steps; None: once an epoch
     best: bool = True  # end with the best step evaluated, not the last
     keep: Count = 2  # checkpoints
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the base
+    adapter_dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: the base's
+    master_weights: bool = False  # the optimizer steps on float32 copies of what has 16 bits
+    mixed_precision: Literal["bf16", "fp16"] | None = None  # autocast; fp16 with a scaled loss
     bits: Literal[4, 8] | None = None  # of the base's weights (bitsandbytes)
     gradient_checkpointing: bool = False
 

@@ -19,6 +19,7 @@ from inlay_train.adapted import heads, reaches_heads
 from inlay_train.config import RunConfig, from_yaml, merged, validated
 from inlay_train.expression import check_installed
 from inlay_train.folder import Folder
+from inlay_train.precision import check_precision
 from inlay_train.table import Table, read
 from inlay_train.tasks import TASKS, Task
 
@@ -75,6 +76,7 @@ def prepare(config: RunConfig) -> Prepared:
     kind = found.of(base.class_of, plain, config.task, folder)
     stack = found.of(stack_of, config.method)
     found.of(check_bits, config)
+    found.of(check_precision, config)
     learn = found.of(lambda: read(config.data, encoding=config.encoding))
     task = found.of(TASKS[config.task].of, learn, config.columns)
     learn, held, test = tables(config, task, learn, found)

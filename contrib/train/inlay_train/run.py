@@ -23,6 +23,7 @@ from inlay_train import figures, loading, processes, resumable
 from inlay_train.config import RunConfig
 from inlay_train.figures import Result
 from inlay_train.folder import FREE, RESULT, TASK, Folder, record, write
+from inlay_train.precision import adapter_dtype
 from inlay_train.prepare import Prepared, longest, prepare
 from inlay_train.tasks import Examples
 from inlay_train.trainer import Trainer
@@ -137,7 +138,10 @@ class Run:
     def _attach(self, model: nn.Module) -> None:
         if self.prepared.stack is not None:
             with torch.random.fork_rng(devices=[]):
-                inlay.attach(model, self.prepared.stack, ADAPTER, seed=self.config.seed, data=self._batches())
+                inlay.attach(
+                    model, self.prepared.stack, ADAPTER, seed=self.config.seed, data=self._batches(),
+                    dtype=adapter_dtype(self.config),
+                )  # fmt: skip
             processes.together(lambda: check_same(model))
 
     def _tell(self, model: nn.Module) -> None:
@@ -152,7 +156,7 @@ class Run:
         adapted = self.prepared.stack is not None
         trainer = Trainer(
             model, self._arguments(), adapter=ADAPTER if adapted else None,
-            lr=self.config.lr, rate=self.config.rate,
+            lr=self.config.lr, rate=self.config.rate, masters=self.config.master_weights,
             train_dataset=self.learn, eval_dataset=self.held, processing_class=self.tokenizer,
             data_collator=self.task.collator(self.tokenizer), callbacks=[self.watch],
             compute_metrics=self._metrics, preprocess_logits_for_metrics=self.task.reduce,
@@ -178,6 +182,7 @@ class Run:
             metric_for_best_model=self.task.metric, greater_is_better=self.task.higher_is_better,
             logging_steps=max(1, math.ceil(total / POINTS)), logging_nan_inf_filter=False,
             activation_checkpointing=config.gradient_checkpointing, report_to="none", disable_tqdm=True,
+            bf16=config.mixed_precision == "bf16", fp16=config.mixed_precision == "fp16",
             dataloader_pin_memory=torch.cuda.is_available(), label_names=["labels"],
             use_cpu=processes.on_cpu(),
             ddp_find_unused_parameters=None if self.prepared.stack is None else False,  # core reaches them

@@ -16,6 +16,7 @@ from transformers.trainer_utils import TrainOutput, set_seed
 
 import inlay
 from inlay import InlayError
+from inlay.masters import Masters
 from inlay_train import adapted, card, diverged, items, processes, resumable, sampling
 
 
@@ -27,7 +28,8 @@ class Adapted:
     The adapter `adapter` of the model is trained; everything else is as in the class behind. Checkpoints
     hold the adapter (`inlay.load` reads them), optimizer, scheduler and random state, and not the base.
     Each part learns at its method's own rate times `rate`; `lr` replaces these rates
-    (`args.learning_rate` is not used). Extra losses of methods are added; a method's stages are walked,
+    (`args.learning_rate` is not used); with `masters` the optimizer steps on float32 copies of what has
+    16 bits (`inlay.masters`). Extra losses of methods are added; a method's stages are walked,
     each with an optimizer of its own and all the steps that `args` say. A loss or gradient that is
     not finite ends training before it is used. `adapter` may be left out where one adapter learns.
 
@@ -42,10 +44,11 @@ class Adapted:
         adapter: str | None = None,
         lr: float | None = None,
         rate: float = 1.0,
+        masters: bool = False,
         **others: Any,
     ) -> None:
         self.adapter = adapter if adapter is not None else adapted.learning_adapter(model)
-        self.lr, self.rate = lr, rate
+        self.lr, self.rate, self.masters = lr, rate, masters
         self._stages = self._left(model)
         self._stage = 0
         self._restored: Path | None = None
@@ -71,7 +74,9 @@ class Adapted:
                 self.args, self.model
             )
             groups = inlay.parameter_groups(self.model, lr=self.lr)
-            self.optimizer = kind([{**group, "lr": group["lr"] * self.rate} for group in groups], **settings)
+            groups = [{**group, "lr": group["lr"] * self.rate} for group in groups]
+            made = Masters(kind, groups, **settings) if self.masters else kind(groups, **settings)
+            self.optimizer = made
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

@@ -68,7 +68,16 @@ def train(
     ] = None,
     best: Annotated[bool | None, typer.Option(help="End with the best step evaluated, or the last.")] = None,
     keep: Annotated[Whole, typer.Option(help="Checkpoints kept.  [default: 2]")] = None,
-    dtype: Annotated[Text, typer.Option(help="float32 or bfloat16.  [default: float32]")] = None,
+    dtype: Annotated[
+        Text, typer.Option(help="Of the base: float32, bfloat16 or float16.  [default: float32]")
+    ] = None,
+    adapter_dtype: Annotated[Text, typer.Option(help="Of what learns.  [default: the base's]")] = None,
+    master_weights: Annotated[
+        bool | None, typer.Option(help="Steps on float32 copies of what learns in 16 bits.")
+    ] = None,
+    mixed_precision: Annotated[
+        Text, typer.Option(help="bf16 or fp16: autocast; fp16 with a scaled loss, on a GPU.")
+    ] = None,
     bits: Annotated[Whole, typer.Option(help="4 or 8: the base quantised by bitsandbytes.")] = None,
     gradient_checkpointing: Annotated[
         bool | None, typer.Option(help="Save memory by computing activations twice.")
