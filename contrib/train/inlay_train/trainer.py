@@ -24,7 +24,8 @@ class Adapted:
 
         class SFTTrainer(Adapted, trl.SFTTrainer): ...
 
-    The adapter `adapter` of the model is trained; everything else is as in the class behind. Checkpoints hold the adapter (`inlay.load` reads them), optimizer, scheduler and random state, and
+    The adapter `adapter` of the model is trained; everything else is as in the class behind.
+    Checkpoints hold the adapter (`inlay.load` reads them), optimizer, scheduler and random state, and
     not the base. Each part learns at its method's own rate times `rate`; `lr` replaces these rates
     (`args.learning_rate` is not used). Extra losses of methods are added; a method's stages are walked,
     each with an optimizer of its own and all the steps that `args` say. A loss or gradient that is
@@ -68,9 +69,21 @@ class Adapted:
             kind, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
                 self.args, self.model
             )
+            self._refuse_foreign(settings.pop("optimizer_dict", ()))
             groups = inlay.parameter_groups(self.model, lr=self.lr)
             self.optimizer = kind([{**group, "lr": group["lr"] * self.rate} for group in groups], **settings)
         return super().create_optimizer(model)
+
+    def _refuse_foreign(self, groups: Any) -> None:
+        """Raise if an engine's own groups hold more than the model's (sentence-transformers: a loss's)."""
+        own = {id(p) for p in self.model.parameters()}
+        foreign = [p for group in groups for p in group["params"] if id(p) not in own]
+        if foreign:
+            raise InlayError(
+                "the loss has parameters of its own, which an adapter's checkpoint would not hold",
+                saw=f"{len(foreign)} tensors outside the model, the first of shape {tuple(foreign[0].shape)}",
+                do="choose a loss without parameters, or make its layer a part of the model (train=)",
+            )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Return transformers' schedule; methods that act around a step are told how many come."""
