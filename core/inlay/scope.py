@@ -53,17 +53,20 @@ class PretrainedScope(Scope):
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Save the base model alone, loadable anywhere, and the attached stacks beside it.
 
-        Bring the stacks back with `inlay.load(model, save_directory)`.
+        Bring the stacks back with `inlay.load(model, save_directory)`. A model inside the one that
+        was attached to saves its own base.
         """
         from inlay.checkpoint import save
         from inlay.stack import base_state_dict
 
         root, save_base = self._inlay_state.model, super().save_pretrained  # type: ignore[misc]
-        if root is self and "state_dict" in inspect.signature(save_base).parameters:
-            kwargs.setdefault("state_dict", base_state_dict(self))
-        elif root is self:  # diffusers asks the model
-            base = base_state_dict(self)
-            self.__dict__["state_dict"] = lambda *args, **kwargs: base
+        within = f"{self._inlay_port.name}." if root is not self else ""
+        base = base_state_dict(root)
+        own = {key.removeprefix(within): base[key] for key in base if key.startswith(within)}
+        if "state_dict" in inspect.signature(save_base).parameters:
+            kwargs.setdefault("state_dict", own)
+        else:  # diffusers asks the model
+            self.__dict__["state_dict"] = lambda *args, **kwargs: own
         try:
             saved = save_base(save_directory, *args, **kwargs)
         finally:

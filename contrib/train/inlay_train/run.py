@@ -184,7 +184,7 @@ class Run:
             activation_checkpointing=config.gradient_checkpointing, report_to="none", disable_tqdm=True,
             bf16=config.mixed_precision == "bf16", fp16=config.mixed_precision == "fp16",
             dataloader_pin_memory=torch.cuda.is_available(), label_names=["labels"],
-            use_cpu=processes.on_cpu(),
+            use_cpu=processes.on_cpu() or not torch.accelerator.is_available(),
             ddp_find_unused_parameters=None if self.prepared.stack is None else False,  # core reaches them
         )  # fmt: skip
 

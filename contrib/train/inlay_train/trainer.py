@@ -73,11 +73,23 @@ class Adapted:
             kind, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
                 self.args, self.model
             )
+            self._refuse_foreign(settings.pop("optimizer_dict", ()))
             groups = inlay.parameter_groups(self.model, lr=self.lr)
             groups = [{**group, "lr": group["lr"] * self.rate} for group in groups]
             made = Masters(kind, groups, **settings) if self.masters else kind(groups, **settings)
             self.optimizer = made
         return super().create_optimizer(model)
+
+    def _refuse_foreign(self, groups: Any) -> None:
+        """Raise if an engine's own groups hold more than the model's (sentence-transformers: a loss's)."""
+        own = {id(p) for p in self.model.parameters()}
+        foreign = [p for group in groups for p in group["params"] if id(p) not in own]
+        if foreign:
+            raise InlayError(
+                "the loss has parameters of its own, which an adapter's checkpoint would not hold",
+                saw=f"{len(foreign)} tensors outside the model, the first of shape {tuple(foreign[0].shape)}",
+                do="choose a loss without parameters, or make its layer a part of the model (train=)",
+            )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Return transformers' schedule; methods that act around a step are told how many come."""
