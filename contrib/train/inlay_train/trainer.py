@@ -212,6 +212,7 @@ class Trainer(transformers.Trainer):
                 do="attach the adapter to be trained last",
             )
         with self._own_config(), adapted.without_autocast(self.model):
+            resumable.check_same(self.model, self.adapter, folder)
             inlay.load(self.model, folder, f"{self.adapter}, read", activate=False, trainable=False)
             inlay.detach(self.model, f"{self.adapter}, read")  # so it is whole, and may replace the other
             inlay.detach(self.model, self.adapter)
