@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 import inlay
@@ -77,6 +78,7 @@ def prepare(config: RunConfig) -> Prepared:
     stack = found.of(stack_of, config.method)
     found.of(check_bits, config)
     found.of(check_precision, config)
+    found.of(check_optimizer, config)
     learn = found.of(lambda: read(config.data, encoding=config.encoding))
     task = found.of(TASKS[config.task].of, learn, config.columns)
     learn, held, test = tables(config, task, learn, found)
@@ -197,8 +199,33 @@ def check_bits(config: RunConfig) -> None:
         )
 
 
+def check_optimizer(config: RunConfig) -> None:
+    """Raise if the optimizer cannot work as its name says: bitsandbytes itself would go on without pages."""
+    if config.optimizer == "adamw":
+        return
+    if find_spec("bitsandbytes") is None:
+        raise InlayError(
+            "the optimizer needs bitsandbytes",
+            saw=f"--optimizer {config.optimizer}, and no such package",
+            do="pip install bitsandbytes, or leave out --optimizer",
+        )
+    if config.optimizer.startswith("paged") and not torch.cuda.is_available():
+        raise InlayError(
+            "a paged optimizer needs a CUDA device, whose memory its state moves in and out of",
+            saw=f"--optimizer {config.optimizer}, and no CUDA device",
+            do=f"give --optimizer {config.optimizer.removeprefix('paged_')}: the same steps, not paged",
+        )
+
+
 def longest(config: RunConfig, model_config: Any, tokenizer: Any) -> int:
     """Return how many tokens of a text are read: what was asked for, within what the model allows."""
     limits = [tokenizer.model_max_length, getattr(model_config, "max_position_embeddings", None)]
     allowed = min(limit for limit in (*limits, 1 << 30) if limit)
+    if config.max_length is not None and config.max_length > allowed:
+        raise InlayError(
+            "texts cannot be read to a length that the model or its tokenizer was not made for",
+            saw=f"--max-length {config.max_length}; the tokenizer's limit is {limits[0]:,}, "
+            f"the model's {limits[1] or 'unknown'}",
+            do=f"give --max-length {allowed} or less",
+        )
     return min(config.max_length or SEEN, allowed)

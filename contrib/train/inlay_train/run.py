@@ -19,12 +19,14 @@ from transformers.trainer_utils import EvalPrediction
 import inlay
 from inlay import InlayError
 from inlay.distributed import check_same
+from inlay.stack import need_state
 from inlay_train import figures, loading, processes, resumable
 from inlay_train.config import RunConfig
 from inlay_train.figures import Result
 from inlay_train.folder import FREE, RESULT, TASK, Folder, record, write
 from inlay_train.precision import adapter_dtype
 from inlay_train.prepare import Prepared, longest, prepare
+from inlay_train.quantised import prepare_quantised
 from inlay_train.tasks import Examples
 from inlay_train.trainer import Trainer
 from inlay_train.watch import Watch
@@ -32,6 +34,9 @@ from inlay_train.watch import Watch
 ADAPTER = "default"
 FULL_RATE = 5e-5  # of training everything
 POINTS = 500  # of the learning curve, at most
+# What transformers calls them.
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit", "paged_adamw": "paged_adamw_32bit",
+              "paged_adamw_8bit": "paged_adamw_8bit"}  # fmt: skip
 
 
 def train(
@@ -84,6 +89,7 @@ class Run:
         """Train to the end and leave the results in the folder."""
         model = self._model()
         self._attach(model)
+        self._try_longest(model)
         trainer = self._trainer(model)
         self._tell(model)
         checkpoint = processes.gathered(trainer.last_checkpoint() if resuming else None)[0]
@@ -130,10 +136,13 @@ class Run:
 
     def _model(self) -> nn.Module:
         prepared, config = self.prepared, self.config
-        return loading.model(
+        model = loading.model(
             prepared.folder, prepared.kind, seed=config.seed, settings=self.task.config(self.tokenizer),
-            dtype=config.dtype, bits=config.bits, heads=prepared.heads,
+            dtype=config.dtype, few_bits=config.few_bits, heads=prepared.heads,
         )  # fmt: skip
+        if config.few_bits is not None:
+            self.console.print(str(prepare_quantised(model, checkpointing=config.gradient_checkpointing)))
+        return model
 
     def _attach(self, model: nn.Module) -> None:
         if self.prepared.stack is not None:
@@ -143,6 +152,16 @@ class Run:
                     dtype=adapter_dtype(self.config),
                 )  # fmt: skip
             processes.together(lambda: check_same(model))
+
+    def _try_longest(self, model: Any) -> None:
+        """Run the longest text once where virtual tokens take positions too: better an error now than later."""
+        placed = need_state(model).placed.values() if self.prepared.stack is not None else ()
+        if not any(site.kind == "sequence" for p in placed for site in p.adapter.sites):
+            return
+        examples = max((self.learn, self.held), key=lambda found: max(found.lengths))
+        row = examples[max(range(len(examples)), key=examples.lengths.__getitem__)]
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            model.train()(**self.task.collator(self.tokenizer)([row]).to(model.device))
 
     def _tell(self, model: nn.Module) -> None:
         self.console.print(
@@ -181,7 +200,8 @@ class Run:
             save_total_limit=config.keep, load_best_model_at_end=config.best,
             metric_for_best_model=self.task.metric, greater_is_better=self.task.higher_is_better,
             logging_steps=max(1, math.ceil(total / POINTS)), logging_nan_inf_filter=False,
-            activation_checkpointing=config.gradient_checkpointing, report_to="none", disable_tqdm=True,
+            activation_checkpointing=config.gradient_checkpointing, optim=OPTIMIZERS[config.optimizer],
+            report_to="none", disable_tqdm=True,
             bf16=config.mixed_precision == "bf16", fp16=config.mixed_precision == "fp16",
             dataloader_pin_memory=torch.cuda.is_available(), label_names=["labels"],
             use_cpu=processes.on_cpu() or not torch.accelerator.is_available(),
@@ -244,7 +264,7 @@ class Run:
         return {
             **self.task.facts, "base": str(folder.resolve()) if folder.is_dir() else config.model,
             "adapter": self.prepared.stack is not None, "max_length": self.longest, "seed": config.seed,
-            "dtype": config.dtype, "bits": config.bits,
+            "dtype": config.dtype, "few_bits": config.few_bits and dataclasses.asdict(config.few_bits),
         }  # fmt: skip
 
 

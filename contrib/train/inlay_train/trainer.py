@@ -255,6 +255,7 @@ class Adapted:
                 do="attach the adapter to be trained last",
             )
         with self._own_config(), adapted.own_forward(self.model):
+            resumable.check_same(self.model, self.adapter, folder)
             inlay.load(self.model, folder, f"{self.adapter}, read", activate=False, trainable=False)
             inlay.detach(self.model, f"{self.adapter}, read")  # so it is whole, and may replace the other
             inlay.detach(self.model, self.adapter)

@@ -79,6 +79,16 @@ def train(
         Text, typer.Option(help="bf16 or fp16: autocast; fp16 with a scaled loss, on a GPU.")
     ] = None,
     bits: Annotated[Whole, typer.Option(help="4 or 8: the base quantised by bitsandbytes.")] = None,
+    double_quant: Annotated[
+        bool | None, typer.Option(help="Of 4 bits: the blocks' scales in 8 bits too.  [default: with 4 bits]")
+    ] = None,
+    compute_dtype: Annotated[
+        Text,
+        typer.Option(help="Of layers in 4 bits: float32 or bfloat16.  [default: as --dtype]"),
+    ] = None,
+    optimizer: Annotated[
+        Text, typer.Option(help="adamw, adamw_8bit, paged_adamw or paged_adamw_8bit.  [default: adamw]")
+    ] = None,
     gradient_checkpointing: Annotated[
         bool | None, typer.Option(help="Save memory by computing activations twice.")
     ] = None,
