@@ -103,7 +103,7 @@ class Adapter:
     def child(self, name: str, method: Method) -> Adapter:
         """Return the adapter of a method inside this one, its deltas made but owned by the caller.
 
-        What `calibrate` measured for it is kept here under names that begin with "<name>/".
+        What `calibrate` measured for it is given here under names that begin with "<name>/".
         """
         from inlay.registry import registry
         from inlay.targets import among
@@ -117,7 +117,6 @@ class Adapter:
         )  # fmt: skip
         inner.data = self.data.setdefault(name, {})
         registry.call("inject", method, sites=sites, adapter=inner)
-        self.calibration |= {f"{prefix}{k}": t for k, t in inner.calibration.items()}
         if inner.shared:
             self.shared[name] = inner.shared
         self.children[name] = inner
@@ -172,6 +171,12 @@ class Adapter:
         """The dtype asked for; None if none was, or if `model.to(dtype)` has changed its parameters since."""
         kept = all(p.dtype == self.dtype for _, p in self.named_parameters())
         return self.dtype if kept else None
+
+    @property
+    def measured(self) -> dict[str, Tensor]:
+        """`calibration`, and that of the methods inside under names that begin with "<name>/"."""
+        inside = {f"{n}/{k}": t for n, child in self.children.items() for k, t in child.measured.items()}
+        return self.calibration | inside
 
     @property
     def base_size(self) -> int:
