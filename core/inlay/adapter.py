@@ -207,9 +207,10 @@ class Init:
     """Makes parameters of the dtype of `reference` on its device, from a seed of the site's own.
 
     Values are drawn on the CPU in float32, so that one seed gives the same weights on any device
-    and in any order of creation. On meta sites, and on fake tensors, nothing is drawn, unless values from a file
-    are to be `filled` in: these need not wait for the base's. `later` says that the values will come from
-    elsewhere, or cannot be known yet, so that there is no point in computing any.
+    and in any order of creation. On meta sites nothing is drawn, unless values from a file are to be
+    `filled` in: these need not wait for the base's; on fake tensors nothing is drawn at all. `later` says
+    that the values will come from elsewhere, or cannot be known yet, so that there is no point in computing
+    any.
     """
 
     def __init__(self, seed: str, reference: Tensor, *, meta: bool = False, filled: bool = False) -> None:
