@@ -202,7 +202,9 @@ class Anatomy:
             if "att" in parent.rsplit(".", 1)[-1].lower() and name.startswith(f"{parent}."):
                 return [("output", None)], cross
         inside = name[len(block.name) :].lower()
-        if "att" in inside or "embedder" in inside:  # of an attention that is none we know; a time's embedding
+        if (
+            "att" in inside or "embedder" in inside
+        ):  # of an attention that is none we know; a time's embedding
             return [("", None)], False
         if leaf == "dense":
             return [("up" if name.split(".")[-2] in ("intermediate", "dense") else "down", None)], False
