@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from inlay.delta import Delta, Ref
 from inlay.errors import AttachError
@@ -30,7 +31,8 @@ class Adapter:
     hypernetwork, VeRA's matrices). `data` is plain JSON data of the method's own that is saved
     and is there again when `inject` rebuilds the adapter (a stage, counts of selected entries).
     `path` is its name on the model ("fr/lora"), "" while nothing is attached (a dry run, the trial
-    of a file) and inside a composite; `filled` says that a file's values will be put in.
+    of a file) and inside a composite; `filled` says that a file's values will be put in. `dtype` is
+    what its tensors were asked to have, or None: that of the site.
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class Adapter:
         meta: bool = False,
         filled: bool = False,
         path: str = "",
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.sites, self.model, self.seed, self.meta = sites, model, seed, meta
-        self.filled, self.path = filled, path
+        self.filled, self.path, self.dtype = filled, path, dtype
         self.placed: list[tuple[Site, Delta]] = []
         self.shared = nn.ModuleDict()
         self.data: dict[str, Any] = copy.deepcopy(dict(data or {}))
@@ -93,7 +96,9 @@ class Adapter:
         reference = site.reference if site is not None else self.sites[0].reference if like is None else like
         name = shared if site is None else f"{site.name}#{sum(s is site for s, _ in self.placed)}"
         seed = self.seed if seed is None else seed
-        return Init(f"{seed}/{name}", reference, meta=self.meta, filled=self.filled)
+        made = Init(f"{seed}/{name}", reference, meta=self.meta, filled=self.filled)
+        made.dtype = self.dtype or made.dtype
+        return made
 
     def child(self, name: str, method: Method) -> Adapter:
         """Return the adapter of a method inside this one, its deltas made but owned by the caller.
@@ -108,7 +113,7 @@ class Adapter:
         measured = {k: self.calibration.pop(k) for k in [*self.calibration] if k.startswith(prefix)}
         inner = Adapter(
             sites, model=self.model, seed=seed, find=self._find, meta=self.meta, filled=self.filled,
-            calibration={k.removeprefix(prefix): t for k, t in measured.items()},
+            calibration={k.removeprefix(prefix): t for k, t in measured.items()}, dtype=self.dtype,
         )  # fmt: skip
         inner.data = self.data.setdefault(name, {})
         registry.call("inject", method, sites=sites, adapter=inner)
@@ -163,6 +168,12 @@ class Adapter:
                 yield f"{prefix}.{name}", parameter
 
     @property
+    def kept_dtype(self) -> torch.dtype | None:
+        """The dtype asked for; None if none was, or if `model.to(dtype)` has changed its parameters since."""
+        kept = all(p.dtype == self.dtype for _, p in self.named_parameters())
+        return self.dtype if kept else None
+
+    @property
     def base_size(self) -> int:
         """How many parameters the base model has, without any adapter's."""
         return base_size(self.model)
@@ -188,11 +199,11 @@ class Adapter:
 
 
 class Init:
-    """Makes parameters of the site's dtype on its device, from a seed of the site's own.
+    """Makes parameters of the dtype of `reference` on its device, from a seed of the site's own.
 
     Values are drawn on the CPU in float32, so that one seed gives the same weights on any device
-    and in any order of creation. On meta sites nothing is drawn, unless values from a file are to be
-    `filled` in: these need not wait for the base's. `later` says that the values will come from
+    and in any order of creation. On meta sites, and on fake tensors, nothing is drawn, unless values from a file
+    are to be `filled` in: these need not wait for the base's. `later` says that the values will come from
     elsewhere, or cannot be known yet, so that there is no point in computing any.
     """
 
@@ -200,7 +211,8 @@ class Init:
         self.dtype = reference.dtype if reference.is_floating_point() else torch.float32
         there = torch.device("cpu") if filled and reference.is_meta else reference.device
         self.device = torch.device("meta") if meta else there
-        self.later = filled or meta or reference.is_meta
+        self.bare = self.device.type == "meta" or isinstance(reference, FakeTensor)
+        self.later = filled or self.bare or reference.is_meta
         self._seed = _number(seed)
         self._generator: torch.Generator | None = None
 
@@ -262,8 +274,8 @@ class Init:
             return build().to(device=self.device, dtype=self.dtype)
 
     def _drawn(self, shape: tuple[int, ...], draw: Callable[[Tensor], Tensor]) -> nn.Parameter:
-        if self.device.type == "meta":
-            return nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta"))
+        if self.bare:
+            return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device))
         return nn.Parameter(draw(torch.empty(shape, device="cpu")).to(device=self.device, dtype=self.dtype))
 
 

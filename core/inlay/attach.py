@@ -20,12 +20,13 @@ from inlay.hosts import (
     HostPort,
     check_can_host,
     check_can_leave,
+    check_unwrapped,
     is_running,
     unbind_checkpointing,
 )
 from inlay.method import Method
 from inlay.multihead import ShortcutPort, takes_shortcuts
-from inlay.plan import Plan, build, check_module, planned, resolve_stack, with_trained
+from inlay.plan import Plan, build, check_dtype, check_module, planned, resolve_stack, with_trained
 from inlay.ports import BlockPort, Port
 from inlay.sites import AttentionSite, ModuleSite, SequenceSite
 from inlay.stack import Part, Placed, Stack, State, check_name, need_state, state_of
@@ -41,13 +42,15 @@ def attach(
     trainable: bool = True,
     data: Iterable[Any] | None = None,
     seed: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Plan:
     """Attach a stack to `model`, in place, under `name`; return the plan that was carried out.
 
     The adapter goes on top of the active stack (`activate=False`: not) and learns
     (`trainable=False`: not); the base stops learning. `train` names targets (such as "head") whose
     own tensors learn too. `data` are batches for methods that calibrate. `seed` makes its weights;
-    by default one is drawn from torch's generator.
+    by default one is drawn from torch's generator. `dtype` is what its tensors are kept in, by default
+    the base's own; either way it computes in the dtype of the activations that it meets.
 
     Raises `ConfigError`, `TargetError` or `AttachError` with the model untouched.
     """
@@ -56,7 +59,8 @@ def attach(
     seed = int(torch.randint(2**31, (), device="cpu").item()) if seed is None else seed
     if not isinstance(seed, int) or not 0 <= seed < 2**53:
         raise ConfigError("this cannot be a seed", saw=f"seed={shown(seed)}", do="give an integer from 0 on")
-    built = build(state, name, resolved, seed=seed, data=data)
+    check_dtype(dtype)
+    built = build(state, name, resolved, seed=seed, data=data, dtype=dtype)
     _refuse_hidden(built)
     place(state, built, activate=activate, trainable=trainable)
     return planned(model, [(Part(p.part_name, p.method), p.adapter) for p in built])
@@ -85,6 +89,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     going = list(state.placed.values()) if name is None else state.find(name)
     _refuse_if_used(state, going)
     check_can_leave(state.ports)
+    if len(going) == len(state.placed):
+        check_unwrapped(state.ports)
     if state.merge_undo:
         from inlay.merge import unmerge
 
@@ -119,7 +125,8 @@ def start(model: nn.Module, name: str, verb: str) -> State:
     """Return the model's state for a new adapter called `name`, or raise."""
     check_module(model, verb)
     state = state_of(model)
-    if state is None:
+    if state is None or state.model is not model:
+        _refuse_wrapped(model, verb)
         if any(isinstance(m, Host) for m in model.modules()):
             raise AttachError(
                 "this module is part of a model, or holds one, that has adapters of its own",
@@ -144,6 +151,15 @@ def start(model: nn.Module, name: str, verb: str) -> State:
             do=f'choose another name, or inlay.detach(model, "{name}") first',
         )
     return state
+
+
+def _refuse_wrapped(model: nn.Module, verb: str) -> None:
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise AttachError(
+            "the model is wrapped already, and its wrapper would not know the adapter's tensors",
+            saw=f"a {type(model).__name__}, which noted at its start what to reduce or to copy",
+            do=f"{verb} to the model inside (.module), then wrap that anew",
+        )
 
 
 def refused_while_merged(state: State, verb: str) -> MergedError:

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from inlay import identity, manifest, tensorfile
 from inlay.adapter import Adapter
 from inlay.attach import place, start
+from inlay.distributed import mesh_of, once
 from inlay.errors import CheckpointError, ConfigError, InlayError, RegistryError, near, shown
 from inlay.manifest import FILE, MAX_METHODS, damaged, read_manifest
-from inlay.plan import build_adapter, resolve_names
+from inlay.plan import build_adapter, check_dtype, resolve_names
 from inlay.registry import registry
 from inlay.settings import is_method
 from inlay.sites import Site
@@ -47,7 +48,8 @@ def save(
 
     The old checkpoint in the folder stays whole until the new one is complete. Saving over a
     checkpoint of another stack is refused unless `overwrite`. Merged parts are saved as if
-    unmerged. The digest covers the manifest and, through it, the tensors.
+    unmerged. The digest covers the manifest and, through it, the tensors. Of a sharded model all
+    processes must save at once: together they gather, and the first of them writes.
     """
     state = need_state(model)
     placed = state.find(name) if name is not None else _all_parts(state)
@@ -57,13 +59,17 @@ def save(
     parts = [_describe(p, part_name, number, tensors) for number, (p, part_name) in enumerate(named)]
     data = to_bytes(tensors)
     content = manifest.sealed({
-        "format": manifest.FORMAT, "parts": parts, "base": identity.identity(model),
+        "format": manifest.FORMAT, "parts": parts, "base": identity.identity(state.model),
         "tensors": tensorfile.file_name(data),
         "versions": {"inlay": version("inlay"), "torch": str(torch.__version__)},
     })  # fmt: skip
-    _refuse_other_stack(path, content["parts"], overwrite)
     text = json.dumps(content, indent=1, ensure_ascii=True)
-    tensorfile.commit(path, content["tensors"], data, text.encode())
+
+    def write() -> None:
+        _refuse_other_stack(path, content["parts"], overwrite)
+        tensorfile.commit(path, content["tensors"], data, text.encode())
+
+    once(mesh_of(state.model), write)
     return str(content["digest"])
 
 
@@ -76,14 +82,17 @@ def load(
     trainable: bool = True,
     allow: Sequence[str] | None = None,
     expected_digest: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> int:
     """Load a checkpoint onto `model` as the adapter `name`; return how many tensors it held.
 
     `allow` limits which installed methods the manifest may choose. `expected_digest`, known from
     elsewhere, proves the checkpoint is the one meant; the digest inside the folder only detects
-    damage. Raises `CheckpointError` (or what building the stack raises) with the model untouched.
+    damage. `dtype` is what its tensors are kept in, by default the one it was attached in, else the
+    base's own. Raises `CheckpointError` (or what building the stack raises) with the model untouched.
     """
     state = start(model, name, "load")
+    check_dtype(dtype)
     path = Path(folder)
     content = read_manifest(path)
     if expected_digest is not None and content["digest"] != expected_digest:
@@ -99,7 +108,7 @@ def load(
         resolved = resolve_names(model, list(zip(stack.parts, [e["sites"] for e in entries], strict=True)))
         stored = tensorfile.by_part(file, len(entries))
         sources = [
-            _Source(state, file, part, sites, entry, keys)
+            _Source(state, file, part, sites, entry, keys, dtype)
             for (part, sites), entry, keys in zip(resolved, entries, stored, strict=True)
         ]
         for source in sources:
@@ -145,11 +154,13 @@ def _describe(placed: Placed, name: str, number: int, tensors: dict[str, Tensor]
             )
         tensors[f"{number}/{key}"] = full.detach().cpu().contiguous().clone()
     origin = registry.origin(type(method))
+    dtype = adapter.kept_dtype
     return {
         "name": name, "method": method.id, "distribution": origin.distribution,
         "version": origin.version, "method_version": method.version, "settings": method.to_dict(),
         "sites": [site.name for site in adapter.sites], "data": adapter.data,
         "calibration": sorted(adapter.calibration), "seed": adapter.seed,
+        **({} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}),
     }  # fmt: skip
 
 
@@ -260,12 +271,14 @@ class _Source:
         sites: tuple[Site, ...],
         entry: dict[str, Any],
         keys: Mapping[str, str],
+        dtype: torch.dtype | None,
     ) -> None:
         self.state, self.file, self.part, self.sites, self.entry = state, file, part, sites, entry
         measured = {k for k in keys if k.startswith(CALIBRATION)}
         self.calibration = {k.removeprefix(CALIBRATION): keys[k] for k in measured}
         self.keys = {k: v for k, v in keys.items() if k not in measured}
         self.values: dict[str, Tensor] = {}
+        self.dtype = manifest.DTYPES.get(entry.get("dtype", "")) if dtype is None else dtype
 
     def check(self) -> None:
         """Build the part on meta and compare it with the file's header; only then read its values."""
@@ -296,7 +309,7 @@ class _Source:
         return build_adapter(
             self.state.model, self.part.method, self.sites, seed=self.entry["seed"], calibration=calibration,
             data=copy.deepcopy(self.entry["data"]), find=self.state.adapter_of, path=path,
-            meta=not path, filled=bool(path),
+            meta=not path, filled=bool(path), dtype=self.dtype,
         )  # fmt: skip
 
     def _migrated(self) -> dict[str, Tensor] | None:

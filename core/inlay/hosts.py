@@ -206,13 +206,37 @@ def check_can_leave(ports: Iterable[Port]) -> None:
         )
 
 
+def check_unwrapped(ports: Iterable[Port]) -> None:
+    """Raise if a model's forward was wrapped: the wrapper would still call the one that goes."""
+    for port in ports:
+        if isinstance(port, HostPort) and _is_wrapped(port.module):
+            wrapper = getattr(port.module.__dict__["forward"], "__qualname__", "a wrapper")
+            raise AttachError(
+                "the model's forward was wrapped after the adapter was attached",
+                saw=f"{port.name or type(port.module).__name__}.forward is {wrapper}",
+                do="undo that first (accelerate: accelerator.unwrap_model(model, keep_fp32_wrapper=False))",
+            )
+
+
 def is_running(module: nn.Module) -> bool:
-    """Return whether the module's forward is the one that runs when the module is called."""
+    """Return whether the module's forward is the one that runs when the module is called.
+
+    Before a model's own may stand what says that it wraps it, as accelerate's mixed precision does.
+    """
     instance = module.__dict__.get("forward")
-    if instance is None or _is_own_forward(module, instance):
+    if instance is None or _is_own_forward(module, instance) or _is_wrapped(module):
         return True
     inner = module.__dict__.get("_old_forward")
     return getattr(inner, "__func__", None) is type(module).forward
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    """Return whether what stands before a model's forward is a wrapper of it (`functools.wraps`)."""
+    instance = module.__dict__.get("forward")
+    if instance is None or not _is_scope(type(module)) or _is_own_forward(module, instance):
+        return False
+    wrapped = inspect.unwrap(instance)
+    return getattr(wrapped, "__func__", wrapped) is type(module).forward
 
 
 def _is_own_forward(module: nn.Module, forward: Any) -> bool:

@@ -45,8 +45,9 @@ def differences(saved: dict[str, Any], model: nn.Module) -> list[str]:
 
 def _facts(model: nn.Module, left_out: Iterable[str]) -> dict[str, Any]:
     tensors = only_base(model, tensors_of)
-    layers = ((f"{n}.weight".lstrip("."), m, backend_of(m)) for n, m in base_modules(model).items())
-    quantised: dict[str, Any] = {n: m for n, m, backend in layers if backend and backend.readable}
+    layers = [(n, m, backend) for n, m in base_modules(model).items() if (backend := backend_of(m))]
+    quantised: dict[str, Any] = {f"{n}.weight".lstrip("."): m for n, m, b in layers if b.readable}
+    acting = {f"{n}.bias".lstrip("."): b.compute_dtype(m) for n, m, b in layers}  # some cast it when called
     shapes = {k: list(t.shape) for k, t in tensors.items()}
     shapes |= {k: [m.out_features, m.in_features] for k, m in quantised.items()}
     omitted = {*left_out, *quantised}
@@ -54,7 +55,7 @@ def _facts(model: nn.Module, left_out: Iterable[str]) -> dict[str, Any]:
         "architecture": _own_class(model).__name__,
         "config": _digest(json.dumps(_config(model), sort_keys=True, default=str).encode()),
         "shapes": _digest(json.dumps(shapes, sort_keys=True).encode()),
-        "weights": _sample({k: t for k, t in tensors.items() if k not in omitted}),
+        "weights": sample({k: t.to(acting.get(k)) for k, t in tensors.items() if k not in omitted}),
     }
 
 
@@ -86,7 +87,7 @@ def _replaced(state: State | None) -> set[str]:
     return names
 
 
-def _sample(tensors: dict[str, torch.Tensor]) -> str | None:
+def sample(tensors: dict[str, torch.Tensor]) -> str | None:
     """Digest a few evenly spaced values of every tensor; None where there are none (meta)."""
     digest = hashlib.sha256()
     for name in sorted(tensors):

@@ -44,11 +44,11 @@ class Lifecycle:
     def __init__(self, state: State, optimizer: torch.optim.Optimizer, total: int | None) -> None:
         self.state, self.total, self.step = state, total, 0
         self._memories: dict[str, dict[str, Tensor]] = {}
+        self._call("before_step")  # first, since a method may refuse
         self._handles = [
             optimizer.register_step_pre_hook(self._before_update),
             optimizer.register_step_post_hook(self._after_update),
         ]
-        self._call("before_step")
 
     def remove(self) -> None:
         """Follow the optimizer no longer."""
@@ -123,9 +123,10 @@ def lifecycle(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int | N
             do="give how many steps the run will make, or leave it out where no method asks for it",
         )
     inner = unwrapped(optimizer)
-    for earlier in following(state, inner):
-        earlier.remove()
-    return Lifecycle(state, inner, steps)
+    earlier, made = following(state, inner), Lifecycle(state, inner, steps)
+    for other in earlier:
+        other.remove()
+    return made
 
 
 def learning(state: State) -> Iterator[tuple[str, Method, Adapter]]:

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+import torch
+
 from inlay.errors import CheckpointError, shown
 
 FILE = "inlay.json"
@@ -18,6 +20,9 @@ MAX_BYTES = 16 << 20
 MAX_PARTS, MAX_SITES, MAX_DEPTH, MAX_STRING, MAX_ITEMS = 64, 20_000, 16, 4096, 100_000
 DO = "get the checkpoint again from whoever saved it"
 MAX_METHODS, MAX_INT = 64, 2**63
+DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64,
+}  # fmt: skip
 SHAPE = {
     "format": int, "parts": list, "base": dict, "tensors": str, "digest": str, "versions": dict,
 }  # fmt: skip
@@ -25,6 +30,7 @@ PART = {
     "name": str, "method": str, "distribution": str, "version": str, "method_version": int, "seed": int,
     "settings": dict, "sites": list, "data": dict, "calibration": list,
 }  # fmt: skip
+DTYPED = {**PART, "dtype": str}  # a part that was attached in a dtype of its own
 BASE = {"architecture": str, "config": str, "shapes": str, "weights": (str, NoneType), "left_out": list}
 
 
@@ -84,7 +90,9 @@ def _check_content(manifest: Any) -> None:
     if not 0 < len(manifest["parts"]) <= MAX_PARTS:
         raise damaged(f"{len(manifest['parts'])} parts, 1 to {MAX_PARTS} are read")
     for part in manifest["parts"]:
-        _check_shape(part, PART, "a part")
+        _check_shape(part, DTYPED if isinstance(part, dict) and "dtype" in part else PART, "a part")
+        if part.get("dtype", "float32") not in DTYPES:
+            raise damaged(f"a part in the dtype {ascii(part['dtype'])[:100]}")
         _check_texts(part["sites"], "sites", MAX_SITES)
         _check_texts(part["calibration"], "calibration tensors", MAX_SITES)
         if not part["sites"]:

@@ -35,7 +35,7 @@ def learning(state: State) -> set[int]:
 
 def apply(state: State) -> None:
     """Set `requires_grad` of every parameter of the model."""
-    masked = learning(state)
+    masked, state.learning = learning(state), None
     for parameter in state.model.parameters():
         if parameter.requires_grad != (id(parameter) in masked):
             parameter.requires_grad_(id(parameter) in masked)

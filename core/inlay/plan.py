@@ -15,6 +15,7 @@ from inlay.adapter import Adapter
 from inlay.anatomy import Anatomy
 from inlay.errors import AttachError, ConfigError, shown
 from inlay.hosts import base_size
+from inlay.manifest import DTYPES
 from inlay.method import Method
 from inlay.registry import registry
 from inlay.routing import use
@@ -63,13 +64,23 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(model: nn.Module, what: Method | Part | Stack | str, *, train: Sequence[str] = ()) -> Plan:
+def plan(
+    model: nn.Module,
+    what: Method | Part | Stack | str,
+    *,
+    train: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+) -> Plan:
     """Say what `attach` would do, without doing it. Works on the meta device too."""
     check_module(model, "plan")
+    check_dtype(dtype)
     stack = with_trained(Stack.of(what), train)
     resolved = resolve_stack(model, stack)
     built = [
-        (part, build_adapter(model, part.method, sites, seed=0, meta=True, find=_finder(model)))
+        (
+            part,
+            build_adapter(model, part.method, sites, seed=0, meta=True, find=_finder(model), dtype=dtype),
+        )
         for part, sites in resolved
     ]
     return planned(model, built)
@@ -90,6 +101,22 @@ def check_module(model: object, verb: str) -> None:
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"{verb} needs a torch module", saw=f"a {type(model).__name__}", do="pass the model itself"
+        )
+    if type(model).__module__.startswith("torch._dynamo."):
+        raise ConfigError(
+            f"{verb} needs the model that torch.compile was given, not what it gave back",
+            saw=f"a {type(model).__name__} around a {type(getattr(model, '_orig_mod', model)).__name__}",
+            do=f"{verb} to the model itself; what was compiled of it, before or after, runs its adapters",
+        )
+
+
+def check_dtype(dtype: object) -> None:
+    """Raise unless an adapter's tensors can have this dtype (None: the base's)."""
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ConfigError(
+            "an adapter cannot be kept in this dtype",
+            saw=f"dtype={shown(dtype)}",
+            do=f"give one of {', '.join(f'torch.{name}' for name in DTYPES)}, or None: the base's own",
         )
 
 
@@ -147,6 +174,7 @@ def build(
     *,
     seed: int,
     data: Iterable[Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[Placed]:
     """Return the placed parts of a new adapter, numbered, calibrated where their methods ask for it."""
     built = []
@@ -161,6 +189,7 @@ def build(
             calibration=calibration,
             find=state.adapter_of,
             path=f"{name}/{part.name}",
+            dtype=dtype,
         )
         built.append(Placed(state.next_id + number, name, part.name, part.method, adapter))
     return built

@@ -83,6 +83,12 @@ def _row(rows: Tensor, i: int) -> Tensor:
     return rows[i if rows.shape[0] > 1 else 0]
 
 
+def joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """Join tensors of one dtype in it; autocast would refuse one that is neither float32 nor its own."""
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return torch.cat(list(tensors), dim)
+
+
 def run_rows(
     call: Call, alone: Call, site: SequenceSite, members: Sequence[tuple[Delta, At]]
 ) -> dict[str, Tensor]:
@@ -92,7 +98,9 @@ def run_rows(
     all of it, at positions −p … −1 if these are rotary, else 0 … p−1; returned are the keys and values
     they leave (what they leave depends on nothing but them). Elsewhere: what the first block reads.
     """
-    rows = torch.cat([delta(at) for delta, at in members])[None].to(site.dtype)
+    rows = joined([delta(at).to(site.dtype) for delta, at in members], 0)[None]
+    if isinstance(site.positions, nn.Embedding):
+        _check_positions(site.positions, rows.shape[1])
     if site.entry is None:
         return {"rows": rows}
     alone.model, alone.recording, alone.prepared = call.model, {}, call.prepared
@@ -151,7 +159,7 @@ class Gate:
         assert call is not None
         call.tokens[self.virtual.site.name] = hidden.shape[1]
         call.front = self.virtual.visible(hidden.shape[0], hidden.device)
-        hidden = torch.cat([self.virtual.rows(hidden), hidden], dim=1)
+        hidden = joined([self.virtual.rows(hidden), hidden], 1)
         if args:
             return (hidden, *args[1:]), kwargs
         return (), {**kwargs, next(iter(kwargs)): hidden}
@@ -209,17 +217,23 @@ class Shifted:
         if p == 0 and overlay is None:
             result: Tensor = base(*args, **kwargs)
             return result
-        if p >= len(table.weight):
-            raise StateError(
-                "virtual tokens take all positions the model has",
-                saw=f"{p} of {len(table.weight)}",
-                do="use a shorter prompt",
-            )
+        read = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        _check_positions(table, p, 1 if read is None or read.is_floating_point() else read.shape[-1])
         changed = {} if overlay is None else overlay.shadow(module)[0]._parameters
         weight = {**table._parameters, **changed}["weight"]
         shadow = shadow_of(module, table._inlay_base, {"weight": weight[p:]})
         moved: Tensor = type(shadow).forward(shadow, *args, **kwargs)
         return moved
+
+
+def _check_positions(table: Any, virtual: int, tokens: int = 1) -> None:
+    """Raise where virtual tokens and the others are more than a table has positions."""
+    if virtual + tokens > table.num_embeddings:
+        raise StateError(
+            "virtual tokens and those of the text take more positions than the model has",
+            saw=f"{virtual} virtual tokens, {tokens} of the text, {table.num_embeddings} positions",
+            do="use a shorter prompt, or cut texts shorter (inlay train: --max-length)",
+        )
 
 
 class Turned:

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import inspect
 import os
+from functools import partial
 from typing import Any
 
+import torch
+
 from inlay.hosts import Host, bind_checkpointing
+from inlay.reached import reaching, several
 
 
 class Scope(Host):
@@ -21,6 +25,8 @@ class Scope(Host):
         state = self._inlay_state
         slot = state.slot
         outer, forward = slot.call, super().forward
+        if state.model is self and torch.is_grad_enabled() and several():
+            forward = partial(_reaching, state, forward)
         if self.training and state.checkpointed:
             bind_checkpointing(state.checkpointed, slot)
         if (outer is None and not state.table.scoped) or (outer is not None and outer.model is not None):
@@ -35,6 +41,10 @@ class Scope(Host):
         finally:
             slot.call = outer
             slot.taps.clear()
+
+
+def _reaching(state: Any, forward: Any, /, *args: Any, **kwargs: Any) -> Any:
+    return reaching(state, forward(*args, **kwargs))
 
 
 class PretrainedScope(Scope):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from inlay.writing import Undo
 
 MAX_NAME, MAX_TEXT = 200, 10_000
+WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module")  # where wrappers keep the model they call
 MAX_TABLES = 64  # compiled choices kept; routing many adapters makes many
 
 
@@ -197,6 +198,7 @@ class State:
     merge_undo: Undo | None = None  # what `unmerge` puts back
     undo: bool = True
     next_id: int = 0
+    learning: list[nn.Parameter] | None = None  # what learns, once somebody asked; `masks` forgets it
     _table: Table | None = None
     _tables: dict[Any, Table] = field(default_factory=dict)
 
@@ -280,9 +282,18 @@ class State:
 
 
 def state_of(model: nn.Module) -> State | None:
-    """Return the state of an adapted model, or None."""
+    """Return the state of an adapted model, or of the one that a wrapper (DDP, torch.compile) holds."""
     state = getattr(model, "__dict__", {}).get("_inlay_state")
-    return state if isinstance(state, State) and state.model is model else None
+    if isinstance(state, State) and state.model is model:
+        return state
+    inner = wrapped_in(model)
+    return None if inner is None else state_of(inner)
+
+
+def wrapped_in(model: nn.Module) -> nn.Module | None:
+    """Return the model that a wrapper calls: DDP's and DeepSpeed's `module`, torch.compile's."""
+    held = getattr(model, "_modules", {})
+    return next((held[name] for name in WRAPPED if held.get(name) is not None), None)
 
 
 def need_state(model: nn.Module) -> State:

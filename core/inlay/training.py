@@ -69,6 +69,8 @@ def parameter_groups(model: nn.Module, lr: float | None = None) -> list[dict[str
                 do="put each name of adapter.trainable_names() in exactly one group",
             )
         groups += [_group(placed, group, parameters) for group in answer if group.names]
+    if not groups:
+        raise _nothing_learns(state)
     return groups
 
 
@@ -125,16 +127,21 @@ def advance(model: nn.Module, name: str) -> str | None:
     )
 
 
-def check_training(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+def check_training(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, loss: Tensor | None = None
+) -> None:
     """Prove that training does what it should; call it after a backward pass.
 
     Every site is still the module attached to, its forward the one that runs; the optimizer holds
-    exactly the masked tensors; each of them has a gradient, and nothing else has. Raises
-    `TrainingError` naming the first tensor that breaks one of these.
+    exactly the masked tensors; each of them has a gradient, and nothing else has; the loss, if it is
+    given, is finite. Raises `TrainingError` naming the first tensor that breaks one of these.
     """
     state = need_state(model)
+    model = state.model
     if any(p.merged for p in state.placed.values()):
         raise refused_while_merged(state, "check_training")
+    if loss is not None and not bool(loss.detach().isfinite().all()):
+        raise _diverged(state, loss)
     gone = sites_still_there(state)
     if gone:
         raise TrainingError(
@@ -172,11 +179,7 @@ def check_training(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
         "model.requires_grad_ was called; inlay.set_trainable(model, ...) sets what learns again",
     )
     if not learning:
-        raise TrainingError(
-            "nothing learns",
-            saw=f"{len(own)} adapter tensors, all frozen",
-            do="inlay.set_trainable(model, name)",
-        )
+        raise _nothing_learns(state)
     if optimizer is not None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         _refuse(names, learning - held, "the optimizer misses a trainable tensor",
@@ -198,6 +201,34 @@ def _refuse_unfollowed(state: State, optimizer: torch.optim.Optimizer) -> None:
             saw=f"{waiting[0]}, and an optimizer that is not followed",
             do="call inlay.lifecycle(model, optimizer, steps=...) once, after making the optimizer",
         )
+
+
+def _nothing_learns(state: State) -> TrainingError:
+    return TrainingError(
+        "nothing learns",
+        saw=f"{len(list(state.own_parameters()))} adapter tensors, all frozen",
+        do="inlay.set_trainable(model, name)",
+    )
+
+
+def _diverged(state: State, loss: Tensor) -> TrainingError:
+    """Return the error that names the first tensor that is not finite: of the adapters, or a gradient."""
+    own = [(placed.path, name, p) for placed, name, p in state.own_parameters()]
+    kinds = {
+        "values that are not finite": [(path, name, p.detach()) for path, name, p in own],
+        "a gradient that is not finite": [
+            (path, name, p.grad) for path, name, p in own if p.grad is not None
+        ],
+    }
+    bad = (
+        f"{path}: {name} is the first tensor with {what}"
+        for what, found in kinds.items() for path, name, tensor in found if not tensor.isfinite().all()
+    )  # fmt: skip
+    return TrainingError(
+        f"training diverged: the loss is {float(loss.detach().sum())}",
+        saw=next(bad, "every part's values and gradients are finite, so it is the base or the batch"),
+        do="load the last checkpoint, which is of finite values, and lower the learning rate or clip",
+    )
 
 
 def _refuse_offloaded(state: State) -> None:

@@ -93,6 +93,35 @@ def test_training_that_would_not_do_what_it_should_is_refused(
         inlay.check_training(trained)
 
 
+def test_a_stack_with_nothing_to_learn_is_refused_before_an_optimizer_is_made() -> None:
+    model = build("llama")
+    inlay.attach(model, "lora(rank=2) + ia3", "fr", trainable=False)
+    with refused(TrainingError, r"nothing learns\n  saw: \d+ adapter tensors, all frozen", model=model):
+        inlay.parameter_groups(model)
+
+
+@pytest.mark.parametrize(
+    ("where", "match"),
+    [
+        ("value", r"the loss is nan\n.*fr/lora: \S*down is the first tensor with values that are not"),
+        ("gradient", r"the loss is inf\n.*fr/lora: \S*down is the first tensor with a gradient that is not"),
+        ("nowhere", r"the loss is nan\n.*every part's values and gradients are finite, so it is the base"),
+    ],
+)
+def test_a_loss_that_is_not_finite_ends_a_loop(where: str, match: str, trained: nn.Module) -> None:
+    inlay.check_training(trained, loss=torch.tensor(1.0))
+    first = next(p for _, _, p in need_state(trained).own_parameters())
+    with torch.no_grad():
+        if where == "value":
+            first[0, 0] = math.nan
+        elif where == "gradient":
+            assert first.grad is not None
+            first.grad[0, 0] = math.inf
+    loss = torch.tensor(math.inf if where == "gradient" else math.nan)
+    with refused(TrainingError, match, model=trained):
+        inlay.check_training(trained, loss=loss)
+
+
 def test_an_optimizer_of_other_tensors_is_refused(trained: nn.Module) -> None:
     groups = inlay.parameter_groups(trained)
     inlay.check_training(trained, torch.optim.SGD(groups))

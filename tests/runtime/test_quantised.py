@@ -217,3 +217,18 @@ def test_routes_over_quantised_layers(kind: str) -> None:
     for row, name in enumerate(["default", None, "second"]):
         with inlay.use(model, *([name] if name else [])):
             assert distance(together[row], logits(model)[row]) < 1e-5
+
+
+def test_a_bias_that_the_first_call_casts_is_the_same_base(tmp_path: Path) -> None:
+    """A layer that computes in fewer bits than its bias has gives it these for good, when it is called."""
+    models = [quantised("nf4") for _ in range(2)]
+    for model in models:
+        for site in quantised_sites(model):
+            site.module.compute_dtype = torch.bfloat16
+            if site.module.bias is not None:
+                site.module.bias.data = torch.linspace(0.1, 0.7, len(site.module.bias))
+    inlay.attach(models[0], "lora(rank=2)")
+    models[0].train()(**batch_for(models[0]))
+    assert models[0].model.layers[0].self_attn.q_proj.bias.dtype == torch.bfloat16  # type: ignore[union-attr]
+    inlay.save(models[0], tmp_path)
+    inlay.load(models[1], tmp_path)  # would warn of another base

@@ -13,6 +13,7 @@ from inlay_train.commands.check import check
 from inlay_train.commands.compare import compare
 from inlay_train.commands.convert import convert
 from inlay_train.commands.demo import demo
+from inlay_train.commands.estimate import estimate
 from inlay_train.commands.inspect import inspect
 from inlay_train.commands.merge import merge
 from inlay_train.commands.methods import methods
@@ -37,11 +38,14 @@ def telling_errors(command: Callable[..., None]) -> Callable[..., None]:
             errors = sys.modules.get("inlay.errors")  # not imported: then it is none of ours
             if errors is None or not isinstance(error, errors.InlayError):
                 raise
-            typer.echo(error, err=True)
+            from inlay_train import processes
+
+            if processes.tells(error):
+                typer.echo(error, err=True)
             raise typer.Exit(1) from error
 
     return told
 
 
-for command in (methods, plan, train, predict, inspect, merge, convert, compare, demo, new, check):
+for command in (methods, plan, estimate, train, predict, inspect, merge, convert, compare, demo, new, check):
     app.command()(telling_errors(command))

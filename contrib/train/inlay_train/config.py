@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from inlay import InlayError
 from inlay.errors import near
+from inlay_train.quantised import FewBits
 from inlay_train.tasks.task import Columns
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -55,8 +56,14 @@ class RunConfig(BaseModel):
     evaluate_every: Count | None = None  # steps; None: once an epoch
     best: bool = True  # end with the best step evaluated, not the last
     keep: Count = 2  # checkpoints
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the base
+    adapter_dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: the base's
+    master_weights: bool = False  # the optimizer steps on float32 copies of what has 16 bits
+    mixed_precision: Literal["bf16", "fp16"] | None = None  # autocast; fp16 with a scaled loss
     bits: Literal[4, 8] | None = None  # of the base's weights (bitsandbytes)
+    double_quant: bool | None = None  # of 4 bits: the blocks' scales in 8 bits too; None: yes
+    compute_dtype: Literal["float32", "bfloat16"] | None = None  # of layers in 4 bits; None: dtype
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
@@ -67,6 +74,21 @@ class RunConfig(BaseModel):
             if value is not None:
                 raise ValueError(f"{name} {value!r}: {self.task} reads no such column")
         return self
+
+    @model_validator(mode="after")
+    def _fits_bits(self) -> RunConfig:
+        for name in ("double_quant", "compute_dtype"):
+            if self.bits != 4 and getattr(self, name) is not None:
+                value = getattr(self, name)
+                raise ValueError(f"{name.replace('_', '-')} {value!r}: it is for a base of 4 bits (--bits 4)")
+        return self
+
+    @property
+    def few_bits(self) -> FewBits | None:
+        """How the base is quantised, if it is."""
+        if self.bits is None:
+            return None
+        return FewBits(self.bits, self.double_quant is not False, self.compute_dtype or self.dtype)
 
     @property
     def columns(self) -> Columns:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from inlay import InlayError
+from inlay_train import processes
 
 if TYPE_CHECKING:
     from inlay_train.prepare import Prepared
@@ -128,6 +129,7 @@ def record(prepared: Prepared) -> dict[str, Any]:
     return {
         "config": plain,
         "stack": prepared.parts,
+        "processes": processes.count(),
         "base": base_digest(prepared.folder),
         "digests": {name: None if path is None else file_digest(path) for name, path in tables.items()},
     }
@@ -140,6 +142,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[s
     for name, digest in now["digests"].items():
         if digest != before["digests"][name]:
             yield f"{name.replace('_', '-')}: another content than {before['config'][name] or 'none'} had"
+    if before.get("processes", 1) != now["processes"]:
+        yield f"processes: {before.get('processes', 1)} then, {now['processes']} now"
     if before["stack"] != now["stack"]:
         yield f"method: {before['config']['method']} then, {now['config']['method']} now"
     for name, value in now["config"].items():

@@ -11,6 +11,7 @@ from torch import nn
 
 from inlay import InlayError
 from inlay_train import base
+from inlay_train.quantised import FewBits, cast_biases
 
 
 def tokenizer(folder: Path) -> Any:
@@ -44,12 +45,12 @@ def model(
     seed: int,
     settings: dict[str, Any],
     dtype: str = "float32",
-    bits: int | None = None,
+    few_bits: FewBits | None = None,
     heads: Sequence[str] = (),
 ) -> nn.Module:
-    """Return the model with its weights; what they lack (a new head) is drawn from `seed`."""
+    """Return the model with its weights, quantised unless they are; a head they lack is drawn from `seed`."""
     config = base.configuration(folder, **settings)
-    how = {} if bits is None else {"quantization_config": quantisation(bits, dtype, heads)}
+    how = {} if few_bits is None else {"quantization_config": few_bits.configuration(heads)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -62,16 +63,5 @@ def model(
                 saw=f"{folder}: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
                 do="check that its files are whole and fit its config.json",
             ) from error
+    cast_biases(made)
     return made
-
-
-def quantisation(bits: int, dtype: str, heads: Sequence[str]) -> Any:
-    """Return how bitsandbytes stores the base: all linear layers but the heads in few bits."""
-    from transformers import BitsAndBytesConfig
-
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(heads))
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype),
-        llm_int8_skip_modules=list(heads),
-    )  # fmt: skip

@@ -15,6 +15,7 @@ from inlay import InlayError
 from inlay_train import base, loading
 from inlay_train.adapted import heads
 from inlay_train.folder import TASK
+from inlay_train.quantised import FewBits
 from inlay_train.table import read
 from inlay_train.tasks import TASKS, Columns
 
@@ -34,13 +35,14 @@ class Predictor:
         config = base.configuration(where, **settings)
         kind = base.class_of(config, self.task.name, where)
         self.model: Any = loading.model(
-            where, kind, seed=facts["seed"], settings=settings, dtype=facts["dtype"], bits=facts["bits"],
+            where, kind, seed=facts["seed"], settings=settings, dtype=facts["dtype"],
+            few_bits=None if facts["few_bits"] is None else FewBits(**facts["few_bits"]),
             heads=heads(base.skeleton(kind, config)),
         )  # fmt: skip
         if facts["adapter"]:
             inlay.load(self.model, folder, trainable=False)
         self.model.eval()
-        if torch.cuda.is_available() and facts["bits"] is None:
+        if torch.cuda.is_available() and facts["few_bits"] is None:
             self.model.to("cuda")
 
     def _facts(self, folder: Path) -> dict[str, Any]:

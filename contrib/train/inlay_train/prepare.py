@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 import inlay
@@ -19,6 +20,7 @@ from inlay_train.adapted import heads, reaches_heads
 from inlay_train.config import RunConfig, from_yaml, merged, validated
 from inlay_train.expression import check_installed
 from inlay_train.folder import Folder
+from inlay_train.precision import check_precision
 from inlay_train.table import Table, read
 from inlay_train.tasks import TASKS, Task
 
@@ -75,13 +77,15 @@ def prepare(config: RunConfig) -> Prepared:
     kind = found.of(base.class_of, plain, config.task, folder)
     stack = found.of(stack_of, config.method)
     found.of(check_bits, config)
+    found.of(check_precision, config)
+    found.of(check_optimizer, config)
     learn = found.of(lambda: read(config.data, encoding=config.encoding))
     task = found.of(TASKS[config.task].of, learn, config.columns)
     learn, held, test = tables(config, task, learn, found)
     if plain is not None:
         plain.num_labels = len(task.labels) if task is not None and task.labels else 2
     skeleton = found.of(base.skeleton, kind, plain)
-    train = trained_beside(config, stack, skeleton)
+    train = trained_beside(config.task, config.train, stack, skeleton)
     found.of(check_targets, skeleton, stack, train)
     if found.errors:
         raise merged(found.errors)
@@ -153,12 +157,12 @@ def stack_of(method: str) -> Stack | bool:
 
 
 def trained_beside(
-    config: RunConfig, stack: Stack | bool | None, skeleton: nn.Module | None
+    task: str, train: tuple[str, ...] | None, stack: Stack | bool | None, skeleton: nn.Module | None
 ) -> tuple[str, ...]:
     """Return the targets whose own tensors learn beside the stack: the task's, unless it reaches them."""
-    default = TASKS[config.task].train
-    if config.train is not None or not default or not isinstance(stack, Stack) or skeleton is None:
-        return default if config.train is None else config.train
+    default = TASKS[task].train
+    if train is not None or not default or not isinstance(stack, Stack) or skeleton is None:
+        return default if train is None else train
     try:
         return () if reaches_heads(skeleton, stack) else default
     except InlayError:
@@ -195,8 +199,33 @@ def check_bits(config: RunConfig) -> None:
         )
 
 
+def check_optimizer(config: RunConfig) -> None:
+    """Raise if the optimizer cannot work as its name says: bitsandbytes itself would go on without pages."""
+    if config.optimizer == "adamw":
+        return
+    if find_spec("bitsandbytes") is None:
+        raise InlayError(
+            "the optimizer needs bitsandbytes",
+            saw=f"--optimizer {config.optimizer}, and no such package",
+            do="pip install bitsandbytes, or leave out --optimizer",
+        )
+    if config.optimizer.startswith("paged") and not torch.cuda.is_available():
+        raise InlayError(
+            "a paged optimizer needs a CUDA device, whose memory its state moves in and out of",
+            saw=f"--optimizer {config.optimizer}, and no CUDA device",
+            do=f"give --optimizer {config.optimizer.removeprefix('paged_')}: the same steps, not paged",
+        )
+
+
 def longest(config: RunConfig, model_config: Any, tokenizer: Any) -> int:
     """Return how many tokens of a text are read: what was asked for, within what the model allows."""
     limits = [tokenizer.model_max_length, getattr(model_config, "max_position_embeddings", None)]
     allowed = min(limit for limit in (*limits, 1 << 30) if limit)
+    if config.max_length is not None and config.max_length > allowed:
+        raise InlayError(
+            "texts cannot be read to a length that the model or its tokenizer was not made for",
+            saw=f"--max-length {config.max_length}; the tokenizer's limit is {limits[0]:,}, "
+            f"the model's {limits[1] or 'unknown'}",
+            do=f"give --max-length {allowed} or less",
+        )
     return min(config.max_length or SEEN, allowed)

@@ -6,9 +6,14 @@ import errno
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from inlay import InlayError
+from torch import nn
+
+from inlay import InlayError, identity
+from inlay.stack import need_state
+from inlay_train import checkpoints as saved
 
 MARK = "trainer_state.json"  # what transformers writes last
 LIFECYCLE = "lifecycle.pt"  # what methods keep from step to step
@@ -58,3 +63,29 @@ def cannot_write(folder: Path, reason: str, good: Path | None) -> InlayError:
         do="make room, then resume"
         + (f": {good} is whole" if good is not None else "; there is no checkpoint yet"),
     )
+
+
+def check_same(model: nn.Module, adapter: str, folder: Path) -> None:
+    """Raise if a checkpoint is not of the stack attached as `adapter`, on this base; list what differs."""
+    if found := list(_differences(model, adapter, folder)):
+        raise InlayError(
+            "the checkpoint is of another stack or base, so training cannot go on from it",
+            saw="".join(f"\n  {line}" for line in (str(folder), *found)),
+            do="load the same base and attach the same stack, or train anew",
+        )
+
+
+def _differences(model: nn.Module, adapter: str, folder: Path) -> Iterator[str]:
+    there, here = saved.read(folder), need_state(model).find(adapter)
+    yield from (f"base: {line}" for line in identity.differences(there.base, model))
+    methods = [part.method for part in there.parts], [placed.method.id for placed in here]
+    if methods[0] != methods[1]:
+        yield f"stack: {' + '.join(methods[0])} then, {' + '.join(methods[1])} now"
+        return
+    for part, placed in zip(there.parts, here, strict=True):
+        now = json.loads(json.dumps(placed.method.to_dict()))
+        for name in sorted({*part.settings, *now}):
+            if part.settings.get(name) != now.get(name):
+                yield f"{part.name}: {name}: {part.settings.get(name)!r} then, {now.get(name)!r} now"
+        if other := sorted({*part.sites} ^ {site.name for site in placed.adapter.sites}):
+            yield f"{part.name}: other places, such as {other[0]}"

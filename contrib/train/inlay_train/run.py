@@ -18,11 +18,15 @@ from transformers.trainer_utils import EvalPrediction
 
 import inlay
 from inlay import InlayError
-from inlay_train import figures, loading, resumable
+from inlay.distributed import check_same
+from inlay.stack import need_state
+from inlay_train import figures, loading, processes, resumable
 from inlay_train.config import RunConfig
 from inlay_train.figures import Result
-from inlay_train.folder import RESULT, TASK, Folder, write
+from inlay_train.folder import FREE, RESULT, TASK, Folder, record, write
+from inlay_train.precision import adapter_dtype
 from inlay_train.prepare import Prepared, longest, prepare
+from inlay_train.quantised import prepare_quantised
 from inlay_train.tasks import Examples
 from inlay_train.trainer import Trainer
 from inlay_train.watch import Watch
@@ -30,6 +34,9 @@ from inlay_train.watch import Watch
 ADAPTER = "default"
 FULL_RATE = 5e-5  # of training everything
 POINTS = 500  # of the learning curve, at most
+# What transformers calls them.
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit", "paged_adamw": "paged_adamw_32bit",
+              "paged_adamw_8bit": "paged_adamw_8bit"}  # fmt: skip
 
 
 def train(
@@ -43,13 +50,14 @@ def train(
 
     With `resume`, go on from the last checkpoint in the folder; a run that is finished is only read.
     Raises `InlayError` for whatever is wrong, before a weight is loaded where that can be known, and
-    `Stopped` when asked to stop (Ctrl-C).
+    `Stopped` when asked to stop (Ctrl-C). Every process of several calls it; the first one writes.
     """
     console = console or Console(quiet=True)
     prepared = prepared or prepare(config)
+    processes.agree(facts(prepared))
     folder = Folder(config.output.resolve())
-    with folder.claimed():
-        resuming = folder.holds(prepared, resume=resume)
+    with processes.of_main(folder.claimed):
+        resuming = processes.together(lambda: folder.holds(prepared, resume=resume))
         if resuming and (done := finished(folder)):
             console.print("this run is finished already")
             return done
@@ -81,25 +89,29 @@ class Run:
         """Train to the end and leave the results in the folder."""
         model = self._model()
         self._attach(model)
+        self._try_longest(model)
         trainer = self._trainer(model)
         self._tell(model)
-        if not resuming:
+        checkpoint = processes.gathered(trainer.last_checkpoint() if resuming else None)[0]
+        if not resuming and processes.is_main():
             self.folder.begin(self.prepared)
-        checkpoint = trainer.last_checkpoint() if resuming else None
         if resuming:
             self.console.print(
                 f"resuming from {checkpoint.name}" if checkpoint else "no checkpoint yet: from the start"
             )
-        with self.watch.watching():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        result = self._measure(trainer)
-        try:
-            self._leave(trainer, result)
-        except (OSError, InlayError) as error:
-            if not (reason := resumable.not_written(error)):
-                raise
-            raise resumable.cannot_write(self.folder.path, reason, trainer.last_checkpoint()) from error
+        with processes.noticing(lambda: self._how_to_go_on(trainer)):
+            with self.watch.watching():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            result = self._measure(trainer)
+            processes.together(lambda: self._leave(trainer, result))
         return result
+
+    def _how_to_go_on(self, trainer: Trainer) -> str:
+        last = trainer.last_checkpoint()
+        return (
+            f"see above why it ended; then start all again with --output {self.config.output} --resume: "
+            + (f"{last.name} is whole" if last else "there is no checkpoint yet, so from the start")
+        )
 
     # -- data ----------------------------------------------------------------------------------------
 
@@ -124,15 +136,32 @@ class Run:
 
     def _model(self) -> nn.Module:
         prepared, config = self.prepared, self.config
-        return loading.model(
+        model = loading.model(
             prepared.folder, prepared.kind, seed=config.seed, settings=self.task.config(self.tokenizer),
-            dtype=config.dtype, bits=config.bits, heads=prepared.heads,
+            dtype=config.dtype, few_bits=config.few_bits, heads=prepared.heads,
         )  # fmt: skip
+        if config.few_bits is not None:
+            self.console.print(str(prepare_quantised(model, checkpointing=config.gradient_checkpointing)))
+        return model
 
     def _attach(self, model: nn.Module) -> None:
         if self.prepared.stack is not None:
             with torch.random.fork_rng(devices=[]):
-                inlay.attach(model, self.prepared.stack, ADAPTER, seed=self.config.seed, data=self._batches())
+                inlay.attach(
+                    model, self.prepared.stack, ADAPTER, seed=self.config.seed, data=self._batches(),
+                    dtype=adapter_dtype(self.config),
+                )  # fmt: skip
+            processes.together(lambda: check_same(model))
+
+    def _try_longest(self, model: Any) -> None:
+        """Run the longest text once where virtual tokens take positions too: better an error now than later."""
+        placed = need_state(model).placed.values() if self.prepared.stack is not None else ()
+        if not any(site.kind == "sequence" for p in placed for site in p.adapter.sites):
+            return
+        examples = max((self.learn, self.held), key=lambda found: max(found.lengths))
+        row = examples[max(range(len(examples)), key=examples.lengths.__getitem__)]
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            model.train()(**self.task.collator(self.tokenizer)([row]).to(model.device))
 
     def _tell(self, model: nn.Module) -> None:
         self.console.print(
@@ -146,7 +175,7 @@ class Run:
         adapted = self.prepared.stack is not None
         trainer = Trainer(
             model, self._arguments(), adapter=ADAPTER if adapted else None,
-            lr=self.config.lr, rate=self.config.rate,
+            lr=self.config.lr, rate=self.config.rate, masters=self.config.master_weights,
             train_dataset=self.learn, eval_dataset=self.held, processing_class=self.tokenizer,
             data_collator=self.task.collator(self.tokenizer), callbacks=[self.watch],
             compute_metrics=self._metrics, preprocess_logits_for_metrics=self.task.reduce,
@@ -156,7 +185,8 @@ class Run:
 
     def _arguments(self) -> TrainingArguments:
         config = self.config
-        per_epoch = math.ceil(math.ceil(len(self.learn) / config.batch) / config.accumulate)
+        batches = math.ceil(len(self.learn) / (config.batch * processes.count()))
+        per_epoch = math.ceil(batches / config.accumulate)
         total = config.steps or math.ceil(config.epochs * per_epoch)
         every = min(config.evaluate_every or per_epoch, total)
         return TrainingArguments(
@@ -170,8 +200,12 @@ class Run:
             save_total_limit=config.keep, load_best_model_at_end=config.best,
             metric_for_best_model=self.task.metric, greater_is_better=self.task.higher_is_better,
             logging_steps=max(1, math.ceil(total / POINTS)), logging_nan_inf_filter=False,
-            activation_checkpointing=config.gradient_checkpointing, report_to="none", disable_tqdm=True,
+            activation_checkpointing=config.gradient_checkpointing, optim=OPTIMIZERS[config.optimizer],
+            report_to="none", disable_tqdm=True,
+            bf16=config.mixed_precision == "bf16", fp16=config.mixed_precision == "fp16",
             dataloader_pin_memory=torch.cuda.is_available(), label_names=["labels"],
+            use_cpu=processes.on_cpu() or not torch.accelerator.is_available(),
+            ddp_find_unused_parameters=None if self.prepared.stack is None else False,  # core reaches them
         )  # fmt: skip
 
     def _metrics(self, found: EvalPrediction) -> dict[str, float]:
@@ -204,9 +238,19 @@ class Run:
         )  # fmt: skip
 
     def _leave(self, trainer: Trainer, result: Result) -> None:
-        """Leave adapter, card, picture and figures in the folder; the figures last: then it is finished."""
+        """Leave the results in the folder, or say why they cannot be written."""
+        try:
+            trainer.save_model()
+            if processes.is_main():
+                self._write(trainer, result)
+        except (OSError, InlayError) as error:
+            if not (reason := resumable.not_written(error)):
+                raise
+            raise resumable.cannot_write(self.folder.path, reason, trainer.last_checkpoint()) from error
+
+    def _write(self, trainer: Trainer, result: Result) -> None:
+        """Leave card, picture and figures beside the adapter; the figures last: then it is finished."""
         path = self.folder.path
-        trainer.save_model()
         trainer.create_model_card(tasks=self.task.name)
         result.file_bytes = sum(f.stat().st_size for f in path.glob("*.safetensors"))
         write(path / TASK, json.dumps(self._facts(), indent=1))
@@ -220,8 +264,24 @@ class Run:
         return {
             **self.task.facts, "base": str(folder.resolve()) if folder.is_dir() else config.model,
             "adapter": self.prepared.stack is not None, "max_length": self.longest, "seed": config.seed,
-            "dtype": config.dtype, "bits": config.bits,
+            "dtype": config.dtype, "few_bits": config.few_bits and dataclasses.asdict(config.few_bits),
         }  # fmt: skip
+
+
+def facts(prepared: Prepared) -> dict[str, str]:
+    """Return what decides a run's weights, in words by name, the packages of its methods too."""
+    if processes.count() == 1:
+        return {}
+    found = record(prepared)
+    settings = {name: str(value) for name, value in found["config"].items() if name not in FREE}
+    digests = {f"{name.replace('_', '-')}, its digest": str(d) for name, d in found["digests"].items()}
+    here = inlay.methods()
+    packages = {
+        f"the package of {part['method']!r}": f"{here[part['method']].distribution} {here[part['method']].version}"
+        for part in prepared.parts
+    }
+    stack = {f"part {part['name']!r}": str(part["settings"]) for part in prepared.parts}
+    return {**packages, **stack, **settings, "model, its digest": found["base"], **digests}
 
 
 def parameters(model: nn.Module) -> int:

@@ -16,7 +16,8 @@ from transformers.trainer_utils import TrainOutput, set_seed
 
 import inlay
 from inlay import InlayError
-from inlay_train import adapted, card, diverged, resumable, sampling
+from inlay.masters import Masters
+from inlay_train import adapted, card, diverged, items, processes, resumable, sampling
 
 
 class Adapted:
@@ -24,10 +25,11 @@ class Adapted:
 
         class SFTTrainer(Adapted, trl.SFTTrainer): ...
 
-    The adapter `adapter` of the model is trained; everything else is as in the class behind.
-    Checkpoints hold the adapter (`inlay.load` reads them), optimizer, scheduler and random state, and
-    not the base. Each part learns at its method's own rate times `rate`; `lr` replaces these rates
-    (`args.learning_rate` is not used). Extra losses of methods are added; a method's stages are walked,
+    The adapter `adapter` of the model is trained; everything else is as in the class behind. Checkpoints
+    hold the adapter (`inlay.load` reads them), optimizer, scheduler and random state, and not the base.
+    Each part learns at its method's own rate times `rate`; `lr` replaces these rates
+    (`args.learning_rate` is not used); with `masters` the optimizer steps on float32 copies of what has
+    16 bits (`inlay.masters`). Extra losses of methods are added; a method's stages are walked,
     each with an optimizer of its own and all the steps that `args` say. A loss or gradient that is
     not finite ends training before it is used. `adapter` may be left out where one adapter learns.
 
@@ -42,10 +44,11 @@ class Adapted:
         adapter: str | None = None,
         lr: float | None = None,
         rate: float = 1.0,
+        masters: bool = False,
         **others: Any,
     ) -> None:
         self.adapter = adapter if adapter is not None else adapted.learning_adapter(model)
-        self.lr, self.rate = lr, rate
+        self.lr, self.rate, self.masters = lr, rate, masters
         self._stages = self._left(model)
         self._stage = 0
         self._restored: Path | None = None
@@ -54,6 +57,7 @@ class Adapted:
         self._config = adapted.aligned(model)
         with adapted.quantised_base_accepted(model, self.adapter):
             super().__init__(model=model, args=args, **others)
+        self.model_accepts_loss_kwargs &= items.counts_items(model)
         if len(self._stages) > 1 and self.optimizer is not None:
             raise InlayError(
                 "a method with stages needs a new optimizer for each, so none can be given",
@@ -71,7 +75,9 @@ class Adapted:
             )
             self._refuse_foreign(settings.pop("optimizer_dict", ()))
             groups = inlay.parameter_groups(self.model, lr=self.lr)
-            self.optimizer = kind([{**group, "lr": group["lr"] * self.rate} for group in groups], **settings)
+            groups = [{**group, "lr": group["lr"] * self.rate} for group in groups]
+            made = Masters(kind, groups, **settings) if self.masters else kind(groups, **settings)
+            self.optimizer = made
         return super().create_optimizer(model)
 
     def _refuse_foreign(self, groups: Any) -> None:
@@ -123,8 +129,7 @@ class Adapted:
         if not loss.isfinite():
             raise diverged.error(self, f"the loss is {loss.item()} in {self._now}", inputs)
         if self.adapter is not None and not self._checked:
-            with adapted.own_forward(self.model):
-                inlay.check_training(self.model, self.optimizer)
+            inlay.check_training(self.model, self.optimizer)
             self._checked = True
         return loss
 
@@ -152,7 +157,8 @@ class Adapted:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return sampling.ByLength(sampling.lengths(dataset), self.args.train_batch_size, seed)
+        batch = self.args.train_batch_size * self.args.world_size
+        return sampling.ByLength(sampling.lengths(dataset), batch, seed)
 
     # -- stages and resuming -------------------------------------------------------------------------
 
@@ -178,6 +184,7 @@ class Adapted:
                 if len(stages) > 1:
                     inlay.advance(self.model, path)
             self.optimizer, self.lr_scheduler, checkpoint = None, None, None
+            self.model_wrapped = self.model  # what DDP noted of the stage before is of that stage
 
     def _train_stage(self, checkpoint: Path | None, *args: Any, **kwargs: Any) -> TrainOutput:
         self._checked = False
@@ -248,6 +255,7 @@ class Adapted:
                 do="attach the adapter to be trained last",
             )
         with self._own_config(), adapted.own_forward(self.model):
+            resumable.check_same(self.model, self.adapter, folder)
             inlay.load(self.model, folder, f"{self.adapter}, read", activate=False, trainable=False)
             inlay.detach(self.model, f"{self.adapter}, read")  # so it is whole, and may replace the other
             inlay.detach(self.model, self.adapter)
@@ -267,6 +275,11 @@ class Adapted:
                 raise
             shutil.rmtree(folder, ignore_errors=True)
             raise resumable.cannot_write(folder, reason, self.last_checkpoint()) from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save each process's random state; only then is the checkpoint marked as complete."""
+        super()._save_rng_state(output_dir)
+        processes.gathered(None)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save the adapter alone; the tokenizer too where this is the result and not a checkpoint."""

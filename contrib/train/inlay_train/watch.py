@@ -15,7 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from inlay_train import processes
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PATIENCE = 5.0  # seconds
 
 
 class Stopped(BaseException):
@@ -34,7 +37,7 @@ class Watch(TrainerCallback):
         self.asked: int | None = None
         self.times: list[float] = []
         self.before = 0.0  # seconds of training before this process went on
-        self._began = 0.0
+        self._began = self._heard = 0.0
         self._bar: Any = None
         self._task: Any = None
 
@@ -66,6 +69,7 @@ class Watch(TrainerCallback):
         self.times.append(time.perf_counter() - self._began)
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
+        self.asked = max(processes.gathered(self.asked), key=lambda asked: asked or 0)
         if self.asked is not None:
             control.should_save = True
 
@@ -81,6 +85,7 @@ class Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.asked is not None:
+            processes.gathered(None)  # the first one has written: a launcher ends all with the first to go
             raise Stopped(self.asked, state.global_step)
 
     # -- around training -----------------------------------------------------------------------------
@@ -110,6 +115,8 @@ class Watch(TrainerCallback):
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked is not None:
+            if processes.count() > 1 and time.monotonic() < self._heard + PATIENCE:
+                return  # the same wish: a terminal and a launcher both hand it on
             raise KeyboardInterrupt
-        self.asked = number
+        self.asked, self._heard = number, time.monotonic()
         self.console.print("stopping after this step, to save; once more stops at once")

@@ -61,9 +61,12 @@ class Bottleneck(OutputDelta):
 
     def branch(self, h: Tensor, hidden_dropout: float = 0.0) -> Tensor:
         """Return z of h, both (..., d)."""
-        inner = self.act(F.linear(h, self.down, self.down_bias))
-        z = F.linear(F.dropout(inner, hidden_dropout, self.training), self.up, self.up_bias)
-        return z if isinstance(self.scale, float) and self.scale == 1.0 else z * self.scale
+        inner = self.act(F.linear(h, self.down.to(h.dtype), self.down_bias.to(h.dtype)))
+        inner = F.dropout(inner, hidden_dropout, self.training)
+        z = F.linear(inner, self.up.to(inner.dtype), self.up_bias.to(inner.dtype))
+        if isinstance(self.scale, float):
+            return z if self.scale == 1.0 else z * self.scale
+        return z * self.scale.to(z.dtype)
 
     def why_not(self) -> str:
         return "a bottleneck with a nonlinearity around a whole sublayer is no change of one layer's weights"

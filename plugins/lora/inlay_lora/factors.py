@@ -165,7 +165,8 @@ class LowRank(LinearDelta):
         wide = torch.promote_types(self.down.dtype, dtype)
         down, up = self.down.to(wide), self.up.to(wide)
         down_start, up_start = self.down_start.to(wide), self.up_start.to(wide)
-        pair = torch.cat([down, down - down_start]), torch.cat([up - up_start, up_start], 1)
+        with torch.autocast(down.device.type, enabled=False):  # it joins no float16 under bfloat16
+            pair = torch.cat([down, down - down_start]), torch.cat([up - up_start, up_start], 1)
         return pair[0].to(dtype), pair[1].to(dtype)
 
     def run(self, x: Tensor, down: Tensor, up: Tensor, at: At | None = None) -> Tensor:

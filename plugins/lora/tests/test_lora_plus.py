@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import inlay
-from inlay.errors import ConfigError
+from inlay.errors import ConfigError, TrainingError
 from inlay.testing.layers import deltas_of, settled
 from inlay.testing.models import batch_for
 from inlay_lora import LoRA, LoRAPlus
@@ -91,7 +91,8 @@ def test_a_frozen_adapter_has_no_groups() -> None:
     model = settled("bert")
     inlay.attach(model, LoRAPlus(), name="fr")
     inlay.set_trainable(model)
-    assert inlay.parameter_groups(model) == []
+    with pytest.raises(TrainingError, match="nothing learns"):
+        inlay.parameter_groups(model)
 
 
 def test_a_ratio_below_one_is_refused() -> None:

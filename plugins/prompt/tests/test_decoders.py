@@ -42,7 +42,7 @@ from transformers import (
 import inlay
 from inlay.errors import StateError
 from inlay.testing.effects import gradients_of, output
-from inlay.testing.models import batch_for
+from inlay.testing.models import batch_for, build
 from inlay.testing.neighbours import KitLowRank
 from inlay.testing.tools import shake
 from inlay_prompt import PromptTuning
@@ -287,12 +287,13 @@ def test_checkpointing_of_a_routed_batch(family: str, reentrant: bool) -> None:
         torch.testing.assert_close(found[name], gradient, **CLOSE)
 
 
-def test_a_prompt_of_all_positions_is_refused() -> None:
-    model = MODELS["gpt2"]()
-    inlay.attach(model, PromptTuning(length=64))
-    with pytest.raises(StateError, match="virtual tokens take all positions the model has") as refused:
-        output(model, padded([3]))
-    assert "64 of 64" in str(refused.value)
+@pytest.mark.parametrize(("family", "length", "tokens"), [("gpt2", 64, 1), ("gpt2", 60, 5), ("bert", 70, 1)])
+def test_more_tokens_than_positions_are_refused(family: str, length: int, tokens: int) -> None:
+    model = build(family)
+    inlay.attach(model, PromptTuning(length=length))
+    with pytest.raises(StateError, match="take more positions than the model has") as refused:
+        output(model, {"input_ids": torch.ones(1, 5, dtype=torch.long)})
+    assert f"{length} virtual tokens, {tokens} of the text, 64 positions" in str(refused.value)
 
 
 def test_the_table_of_positions_may_learn_too() -> None:

@@ -68,8 +68,27 @@ def train(
     ] = None,
     best: Annotated[bool | None, typer.Option(help="End with the best step evaluated, or the last.")] = None,
     keep: Annotated[Whole, typer.Option(help="Checkpoints kept.  [default: 2]")] = None,
-    dtype: Annotated[Text, typer.Option(help="float32 or bfloat16.  [default: float32]")] = None,
+    dtype: Annotated[
+        Text, typer.Option(help="Of the base: float32, bfloat16 or float16.  [default: float32]")
+    ] = None,
+    adapter_dtype: Annotated[Text, typer.Option(help="Of what learns.  [default: the base's]")] = None,
+    master_weights: Annotated[
+        bool | None, typer.Option(help="Steps on float32 copies of what learns in 16 bits.")
+    ] = None,
+    mixed_precision: Annotated[
+        Text, typer.Option(help="bf16 or fp16: autocast; fp16 with a scaled loss, on a GPU.")
+    ] = None,
     bits: Annotated[Whole, typer.Option(help="4 or 8: the base quantised by bitsandbytes.")] = None,
+    double_quant: Annotated[
+        bool | None, typer.Option(help="Of 4 bits: the blocks' scales in 8 bits too.  [default: with 4 bits]")
+    ] = None,
+    compute_dtype: Annotated[
+        Text,
+        typer.Option(help="Of layers in 4 bits: float32 or bfloat16.  [default: as --dtype]"),
+    ] = None,
+    optimizer: Annotated[
+        Text, typer.Option(help="adamw, adamw_8bit, paged_adamw or paged_adamw_8bit.  [default: adamw]")
+    ] = None,
     gradient_checkpointing: Annotated[
         bool | None, typer.Option(help="Save memory by computing activations twice.")
     ] = None,
@@ -83,21 +102,35 @@ def train(
 
 
 def _run(file: Path | None, given: dict[str, Any], *, resume: bool, as_json: bool) -> None:
+    from inlay_train import processes
+
+    processes.join()
+    try:
+        _trained(file, given, resume=resume, as_json=as_json)
+    finally:
+        processes.leave()
+
+
+def _trained(file: Path | None, given: dict[str, Any], *, resume: bool, as_json: bool) -> None:
     from rich.console import Console
 
-    from inlay_train import run
+    from inlay_train import processes, run
     from inlay_train.prepare import configured
     from inlay_train.watch import Stopped
 
-    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
-    prepared = configured(given, file, resume=resume)
+    main = processes.is_main()
+    console = Console(stderr=as_json, highlight=False, soft_wrap=True, quiet=not main)
+    prepared = processes.together(lambda: configured(given, file, resume=resume))
     try:
         result = run.train(prepared.config, resume=resume, console=console, prepared=prepared)
     except (Stopped, KeyboardInterrupt) as stop:
         saved = f"saved after step {stop.step}" if isinstance(stop, Stopped) else "stopped without saving"
-        typer.echo(f"{saved}; go on with: inlay train --output {prepared.config.output} --resume", err=True)
+        if main:
+            typer.echo(
+                f"{saved}; go on with: inlay train --output {prepared.config.output} --resume", err=True
+            )
         raise typer.Exit(128 + stop.signal if isinstance(stop, Stopped) else 130) from stop
-    if as_json:
+    if main and as_json:
         typer.echo(json.dumps(result.plain))
-    else:
+    elif main:
         console.print("\n".join(run.told(result)), markup=False)

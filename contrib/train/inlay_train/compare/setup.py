@@ -104,7 +104,7 @@ def _checked(
     sized = {}
     for written in stacks:
         stack = found.of(stack_of, written)
-        train = trained_beside(config, stack, skeleton)
+        train = trained_beside(config.task, config.train, stack, skeleton)
         sized[written] = found.of(_sized, skeleton, stack, train, written, budget or 0)
     if found.errors:
         raise merged(found.errors)

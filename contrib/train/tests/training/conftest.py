@@ -148,7 +148,7 @@ def made(models: dict[str, Path], llama: Callable[[], Any], tmp_path: Path) -> C
     tokenizer, task = loading.tokenizer(models["llama"]), CausalLM(Columns())
     rows = task.encode(Table(Path("d.csv"), {"text": TEXTS}, range(len(TEXTS))), tokenizer, 16)
 
-    ours = ("lr", "rate", "adapter", "callbacks", "optimizers")
+    ours = ("lr", "rate", "masters", "adapter", "callbacks", "optimizers")
 
     def make(
         stack: Any = "lora(rank=2)", *, model: Any = None, name: str = "fr", output: str = "out", **more: Any

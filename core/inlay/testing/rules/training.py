@@ -83,7 +83,7 @@ def mask_is_true(case: Case) -> None:
         "a gradient is not finite",
     )
     optimizer = OPTIMIZERS["AdamW"](inlay.parameter_groups(model))
-    inlay.lifecycle(model, optimizer)
+    inlay.lifecycle(model, optimizer, 3)
     inlay.check_training(model, optimizer)
     held = [id(p) for group in inlay.parameter_groups(model, lr=1e-3) for p in group["params"]]
     need(
