@@ -23,7 +23,10 @@ SCHEDULES = [{}, {"tinit": 2, "tfinal": 4, "deltaT": 2}, {"tinit": 5, "deltaT": 
 
 
 def pair(schedule: dict[str, int], steps: int) -> tuple[nn.Module, nn.Module]:
-    """Return peft's AdaLoRA and this side's, started alike, in float64."""
+    """Return peft's AdaLoRA and this side's, started alike, in float64.
+
+    peft 0.21.2 lets `ranknum`, which is in its scale, learn as soon as its adapter is chosen: held still here.
+    """
     targets = ["query", "value", "intermediate.dense"]
     config = peft.AdaLoraConfig(
         init_r=6, target_r=3, lora_alpha=5, orth_reg_weight=0.3, total_step=steps, target_modules=targets,
@@ -31,6 +34,9 @@ def pair(schedule: dict[str, int], steps: int) -> tuple[nn.Module, nn.Module]:
     )  # fmt: skip
     torch.manual_seed(0)
     other = peft.get_peft_model(settled("bert").double(), config).eval()
+    for name, parameter in other.named_parameters():
+        if "ranknum" in name:
+            parameter.requires_grad_(False)
     renamed = {"tinit": "t_init", "tfinal": "t_final", "deltaT": "every"}
     settings = "".join(f", {renamed[name]}={value}" for name, value in schedule.items())
     model = settled("bert").double()
