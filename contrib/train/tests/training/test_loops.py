@@ -5,6 +5,7 @@ Plain PyTorch, accelerate's loop and the Trainer, each accumulating two batches 
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -84,7 +85,9 @@ def trainer(model: nn.Module, data: list[dict[str, Tensor]], folder: Path) -> No
         gradient_accumulation_steps=ACCUMULATED, use_cpu=True, max_grad_norm=0.0, save_strategy="no",
         lr_scheduler_type="constant", train_sampling_strategy="sequential", disable_tqdm=True,
     )  # fmt: skip
-    Trainer(model, arguments, train_dataset=rows).train()  # type: ignore[arg-type]
+    made = Trainer(model, arguments, train_dataset=rows)  # type: ignore[arg-type]
+    made.model_accepts_loss_kwargs = False  # BERT takes them and does not average by them
+    made.train()
 
 
 LOOPS: dict[str, Loop] = {"plain": plain, "accelerate": accelerated, "trainer": trainer}
@@ -99,7 +102,7 @@ def test_every_loop_gives_the_same_weights(stack: str, tmp_path: Path) -> None:
         loop(model, batches(), tmp_path)
         found[name] = {n: p.detach() for n, p in model.named_parameters() if n in start}
         drawn[name] = seen
-        assert all(not torch.equal(start[n], p) for n, p in found[name].items())
+        assert any(not torch.equal(start[n], p) for n, p in found[name].items())
     for name in LOOPS:
         assert all(torch.equal(found[name][n], p) for n, p in found["plain"].items()), name
         assert drawn[name] == drawn["plain"], name
@@ -112,7 +115,7 @@ def test_every_loop_gives_the_same_weights(stack: str, tmp_path: Path) -> None:
 
 
 WORKER = """
-    import hashlib, sys
+    import hashlib, json, sys
     import torch
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
@@ -139,7 +142,7 @@ WORKER = """
         optimizer.step()
     tensors = [p.detach().numpy().tobytes() for p in model.parameters() if p.requires_grad]
     left = [int(d.values.count_nonzero()) for d in deltas if hasattr(d, "values")]
-    print("RESULT", drawn, left, hashlib.sha256(b"".join(tensors)).hexdigest())
+    print("RESULT", json.dumps([drawn, left, hashlib.sha256(b"".join(tensors)).hexdigest()]))
     dist.destroy_process_group()
 """
 
@@ -159,5 +162,7 @@ def test_two_processes_draw_the_same_ranks_and_end_alike(tmp_path: Path) -> None
     assert [run.returncode for run in runs] == [0, 0], told
     results = [[line for line in text.splitlines() if line.startswith("RESULT")] for text in told]
     assert results[0] == results[1]
-    assert len(set(results[0][0].partition("[[")[2].partition("]]")[0].split("], ["))) > 1, "ranks change"
-    assert "] [2, 2] " in results[0][0] or "] [" in results[0][0]
+    drawn, left, _ = json.loads(results[0][0].removeprefix("RESULT"))
+    assert all(len(ranks) == 1 for ranks in drawn), "one for all layers"
+    assert len({rank for (rank,) in drawn}) > 1
+    assert sum(left) == 2 * len(left)
