@@ -14,12 +14,10 @@ import pytest
 from contract_checks import offered
 from hypothesis import strategies as st
 from rehearsal.loreft import LoReFT
-from rehearsal.lt_sft import LTSFT
 from rehearsal.molora import MoLORA
 from rehearsal.unipelt import UniPELT
 
 from inlay.authoring import Site
-from inlay.authoring.trained import shapes
 from inlay.testing import MethodConformance
 from inlay_adapter import SerialAdapter
 from inlay_lora import LoRA
@@ -32,7 +30,7 @@ OWN = {"R16": "a method registered in this process is installed in no other"}
 @pytest.fixture(autouse=True, scope="module")
 def _offered() -> Iterator[None]:
     """Offer the methods here, and let a fresh interpreter find the rehearsal's folder."""
-    with pytest.MonkeyPatch.context() as patch, offered(LoReFT, LTSFT, UniPELT, MoLORA):
+    with pytest.MonkeyPatch.context() as patch, offered(LoReFT, UniPELT, MoLORA):
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         yield
 
@@ -50,19 +48,6 @@ class TestLoReFT(MethodConformance):
     @staticmethod
     def parameters(method: LoReFT, sites: Sequence[Site]) -> int:
         return sum(2 * method.rank * s.out_features + method.rank for s in sites)
-
-
-class TestLTSFT(MethodConformance):
-    method = LTSFT
-    excused = {**OWN, "R32": "its penalty, the sum of |θ|, has kinks"}
-    configurations = st.builds(LTSFT, density=st.sampled_from([0.01, 0.1]))
-    targets = (("linear",), ("query", "down"))
-    merges = True
-
-    @staticmethod
-    def parameters(method: LTSFT, sites: Sequence[Any]) -> int:
-        sizes = [(*shapes(s)[0], s.has_bias and shapes(s)[1][0]) for s in sites]
-        return sum(rows * columns + bias for rows, columns, bias in sizes)
 
 
 class TestUniPELT(MethodConformance):

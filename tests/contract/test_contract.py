@@ -23,7 +23,6 @@ from contract_checks import (
     part,
     stir,
 )
-from rehearsal.lt_sft import LTSFT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,6 +47,7 @@ from inlay.errors import StateError
 from inlay_adapter import SerialAdapter
 from inlay_lora import DoRA, LoRA
 from inlay_prefix import PrefixTuning
+from inlay_selective import LTSFT
 
 
 class Scaled(OutputDelta):
@@ -185,7 +185,7 @@ class TaskShifts(Method):
 
 @pytest.fixture(autouse=True)
 def _offered() -> Iterator[None]:
-    with offered(SharedVector, TwoPrefixes, Wrapped, Witnesses, TaskShifts, LTSFT):
+    with offered(SharedVector, TwoPrefixes, Wrapped, Witnesses, TaskShifts):
         yield
 
 
@@ -272,9 +272,9 @@ def test_a_parts_stages_data_and_loss_work_inside_a_composite(tmp_path: Path) ->
     loss = inlay.auxiliary_loss(reference)
     assert loss > 0
     torch.testing.assert_close(inlay.auxiliary_loss(model), loss)
-    assert [s.name for s in inlay.stages(model, "fr")] == ["inner/full", "inner/sparse"]
-    assert inlay.advance(model, "fr") == "inner/sparse"
-    assert inlay.advance(reference, "fr") == "sparse"
+    assert [s.name for s in inlay.stages(model, "fr")] == ["inner/full 1", "inner/sparse 1"]
+    assert inlay.advance(model, "fr") == "inner/sparse 1"
+    assert inlay.advance(reference, "fr") == "sparse 1"
     for m in (model, reference):
         stir(m, "fr")
     batch = batch_for(model)

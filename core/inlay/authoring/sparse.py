@@ -49,6 +49,12 @@ class Entries(nn.Module):
         moved = self.whole.detach().abs().flatten()
         return moved if self.indices is None else moved.index_fill(0, self.indices.long(), -1.0)
 
+    def widen(self, whole: nn.Parameter) -> None:
+        """Let every entry learn again, beside what those chosen already are."""
+        self.whole = whole
+        if self.values is not None:
+            self.values.grad = None
+
     def keep(self, chosen: Tensor | None) -> None:
         """Let the entries at `chosen` (k,), too, go on, from zero; what is whole goes."""
         assert self.whole is not None

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from inlay.authoring import Adapter, ConfigError, Init, Site, Step, hookimpl, setting
+from inlay.authoring import Adapter, ConfigError, Init, Site, Step, hookimpl, setting, wide
 from inlay_lora_rank.ranked import Ranked, RankedMethod
 
 KEPT = "kept"  # which ranks the last sharing out left, layer by layer
@@ -78,7 +78,7 @@ class AdaLoRA(RankedMethod):
     @hookimpl
     def auxiliary_loss(method: AdaLoRA, adapter: Adapter) -> Tensor | None:
         grams = [gram for _, d in adapter.placed for gram in (d.down @ d.down.T, d.up.T @ d.up)]
-        off = [(gram.float() - torch.eye(len(gram), device=gram.device)).norm() for gram in grams]
+        off = [(wide(gram) - torch.eye(len(gram), device=gram.device)).norm() for gram in grams]
         return method.orthogonality * torch.stack([norm.to(off[0].device) for norm in off]).mean()
 
     @staticmethod
@@ -107,7 +107,7 @@ class AdaLoRA(RankedMethod):
 
 def watch(method: AdaLoRA, memory: dict[str, Tensor], name: str, parameter: Tensor) -> None:
     """Take a step's |θ·∂L/∂θ| into its running mean and spread."""
-    seen = (parameter * parameter.grad).abs().to(torch.promote_types(parameter.dtype, torch.float32))
+    seen = wide(parameter * parameter.grad).abs()
     mean, spread = (memory.get(f"{name}.{kind}", torch.zeros_like(seen)) for kind in ("mean", "spread"))
     memory[f"{name}.mean"] = mean = method.beta1 * mean + (1 - method.beta1) * seen
     memory[f"{name}.spread"] = method.beta2 * spread + (1 - method.beta2) * (seen - mean).abs()

@@ -101,7 +101,7 @@ def end(method: LTSFT, adapter: Adapter) -> None:
     ended, tensors = adapter.data.get(ENDED, 0), _tensors(adapter)
     if ended % 2:
         for place in distinct(places(adapter.sites)):
-            tensors[place.label].whole = adapter.init(place.site).zeros(*place.shape)
+            tensors[place.label].widen(adapter.init(place.site).zeros(*place.shape))
     else:
         before = sum(map(len, adapter.calibration.values()))
         count = method.kept(adapter.sites, ended) - before

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 STEPS, EVERY = 24, 3
-METHOD = "lora(rank=2, dropout=0.1) + prefix_tuning(length=2)"
+METHOD = "dylora(rank=4, dropout=0.1) + prefix_tuning(length=2)"
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
