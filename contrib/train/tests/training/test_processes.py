@@ -133,7 +133,8 @@ def test_two_processes_train_as_one_with_the_doubled_batch(options: dict[str, An
         assert [step for (step, a), (_, b) in losses if abs(a - b) > CLOSE] == []
         for a, b in zip(found["one"]["evaluations"], found[name]["evaluations"], strict=True):
             # transformers' mean of batches takes in the rows that fill up the last one of a process
-            assert {**a, "loss": 0} == {**b, "loss": 0} and a["loss"] == pytest.approx(b["loss"], abs=1e-2)
+            assert {**a, "loss": 0} == {**b, "loss": 0}
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-2)
         assert farthest(weights(tmp_path / "one"), weights(tmp_path / name)) < CLOSE
     assert found["one"]["losses"][0][1] != pytest.approx(found["one"]["losses"][-1][1], abs=1e-3)
     told_and_written_once(tmp_path / "two", outputs, errors)
@@ -211,7 +212,7 @@ def launch(launcher: str, words: list[str]) -> subprocess.Popen[str]:
 
 def workers(launcher: subprocess.Popen[str]) -> list[int]:
     """Return the process numbers of the launcher's workers, by rank."""
-    found = {}
+    found: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -227,7 +228,7 @@ def workers(launcher: subprocess.Popen[str]) -> list[int]:
 
 
 def killed(launcher: str, words: list[str], output: Path, step: int, pause: float, rank: int) -> str:
-    """Begin or go on with a run, kill one of its processes some seconds after a step; return what was said."""
+    """Begin or go on with a run, kill one of its processes after a step; return what was said."""
     run = launch(launcher, [*words, "--resume"])
     sign, end = output / f"checkpoint-{step}", time.monotonic() + 200
     while not sign.exists() and run.poll() is None:
