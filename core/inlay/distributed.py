@@ -34,11 +34,12 @@ def agree(facts: Mapping[str, str]) -> None:
         return
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, dict(facts))
+    first, none = found[0], "nothing"
     lines = [
-        f"{name}: {found[0].get(name, 'nothing')} in process 0, {other.get(name, 'nothing')} in process {rank}"
+        f"{name}: {first.get(name, none)} in process 0, {other.get(name, none)} in process {rank}"
         for rank, other in enumerate(found)
-        for name in dict.fromkeys((*found[0], *other))
-        if found[0].get(name) != other.get(name)
+        for name in dict.fromkeys((*first, *other))
+        if first.get(name) != other.get(name)
     ]
     if lines:
         raise StateError(

@@ -52,14 +52,14 @@ def reaching(state: State, output: Any) -> Any:
         state.learning = [p for _, _, p in state.own_parameters() if p.requires_grad]
     if not state.learning or any(map(_recomputed, state.checkpointed)):
         return output
-    anchor: Tensor = Reached.apply(state.learning[0].new_zeros(()), *state.learning)
+    anchor: Tensor = Reached.apply(state.learning[0].new_zeros(()), *state.learning)  # type: ignore[no-untyped-call]
     return _tied(output, anchor)
 
 
 def _tied(output: Any, anchor: Tensor) -> Any:
     """Return an output with its tensors, also those in tuples, lists and by name, tied to `anchor`."""
     if isinstance(output, Tensor):
-        return Reached.apply(output, anchor) if output.is_floating_point() else output
+        return Reached.apply(output, anchor) if output.is_floating_point() else output  # type: ignore[no-untyped-call]
     if type(output) in (tuple, list):
         return type(output)(_tied(value, anchor) for value in output)
     if isinstance(output, dict):  # a ModelOutput is one

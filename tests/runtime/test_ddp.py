@@ -162,7 +162,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 def start(folder: Path) -> None:
     import json
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(WORKER)]
     processes = [
         subprocess.Popen(
@@ -224,7 +229,9 @@ def test_experts_without_tokens_and_checkpointed_blocks_are_reduced(
 def test_processes_about_to_train_different_things_are_told_so(runs: dict[str, Any]) -> None:
     said = {runs[name]["differing"] for name in ("0-of-2", "1-of-2")}
     assert len(said) == 1
-    pattern = r"not about to train the same\n  saw: \n  default/lora, values: \w+ in process 0, \w+ in process 1"
+    pattern = (
+        r"not about to train the same\n  saw: \n  default/lora, values: \w+ in process 0, \w+ in process 1"
+    )
     assert re.match(rf"the processes are {pattern}", said.pop())
 
 
@@ -249,5 +256,7 @@ def test_what_only_deepspeed_can_put_together_is_not_saved_empty() -> None:
     """ZeRO stage 3 leaves parameters of no values, marked by an id of its own; it is not installed here."""
     tensor = torch.nn.Parameter(torch.empty(0))
     tensor.ds_id = 3  # type: ignore[attr-defined]
-    with pytest.raises(CheckpointError, match=r"parts that only DeepSpeed can put together(.|\n)*GatheredParam"):
+    with pytest.raises(
+        CheckpointError, match=r"parts that only DeepSpeed can put together(.|\n)*GatheredParam"
+    ):
         whole(tensor)

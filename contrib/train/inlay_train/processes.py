@@ -15,7 +15,7 @@ MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 LOST = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed ?out", re.DOTALL)
 
 
-class Everywhere(InlayError):
+class Everywhere(InlayError):  # noqa: N818 - says where it is raised
     """An error that all processes raise at once; the first of them tells it."""
 
 

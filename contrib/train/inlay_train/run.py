@@ -276,10 +276,8 @@ def facts(prepared: Prepared) -> dict[str, str]:
     settings = {name: str(value) for name, value in found["config"].items() if name not in FREE}
     digests = {f"{name.replace('_', '-')}, its digest": str(d) for name, d in found["digests"].items()}
     here = inlay.methods()
-    packages = {
-        f"the package of {part['method']!r}": f"{here[part['method']].distribution} {here[part['method']].version}"
-        for part in prepared.parts
-    }
+    origins = {part["method"]: here[part["method"]] for part in prepared.parts}
+    packages = {f"the package of {name!r}": f"{o.distribution} {o.version}" for name, o in origins.items()}
     stack = {f"part {part['name']!r}": str(part["settings"]) for part in prepared.parts}
     return {**packages, **stack, **settings, "model, its digest": found["base"], **digests}
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from inlay import InlayError
-from inlay_train import base, processes
+from inlay_train import processes
 from inlay_train.cli import app
 from inlay_train.items import counts_items
 
@@ -34,7 +34,13 @@ Start = Callable[..., Launched]
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", **more}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "CUDA_VISIBLE_DEVICES": "",
+        **more,
+    }
 
 
 def free_port() -> str:
@@ -45,7 +51,12 @@ def free_port() -> str:
 
 def two(*words: Any, each: tuple[dict[str, str], dict[str, str]] = ({}, {})) -> Launched:
     """Start `inlay` as two processes, as a launcher does; `each` adds to their environments."""
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    rendezvous = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
     return [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "inlay", *map(str, words)], text=True,
@@ -63,7 +74,9 @@ def ended(launched: Launched) -> tuple[list[int], list[str], list[str]]:
     finally:
         for process in launched:
             process.kill()
-    errors = [re.sub(r"(?m)^(.*(torchao|_pytree\.py|\[transformers\]).*|\s*)$\n?", "", err) for _, err in told]
+    errors = [
+        re.sub(r"(?m)^(.*(torchao|_pytree\.py|\[transformers\]).*|\s*)$\n?", "", err) for _, err in told
+    ]
     return [process.returncode for process in launched], [out for out, _ in told], errors
 
 
@@ -120,7 +133,8 @@ def test_two_processes_train_as_one_with_the_doubled_batch(options: dict[str, An
         assert [step for (step, a), (_, b) in losses if abs(a - b) > CLOSE] == []
         for a, b in zip(found["one"]["evaluations"], found[name]["evaluations"], strict=True):
             # transformers' mean of batches takes in the rows that fill up the last one of a process
-            assert {**a, "loss": 0} == {**b, "loss": 0} and a["loss"] == pytest.approx(b["loss"], abs=1e-2)
+            assert {**a, "loss": 0} == {**b, "loss": 0}
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-2)
         assert farthest(weights(tmp_path / "one"), weights(tmp_path / name)) < CLOSE
     assert found["one"]["losses"][0][1] != pytest.approx(found["one"]["losses"][-1][1], abs=1e-3)
     told_and_written_once(tmp_path / "two", outputs, errors)
@@ -161,7 +175,11 @@ def test_one_process_where_several_were_asked_for_is_refused(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What `accelerate launch --cpu --num_processes 2` sets; it starts one process."""
-    for name, value in {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}.items():
+    for name, value in {
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_USE_CPU": "True",
+        "MASTER_PORT": "29500",
+    }.items():
         monkeypatch.setenv(name, value)
     result = CliRunner().invoke(app, train(options, output=tmp_path / "run"))
     assert result.exit_code == 1
@@ -194,13 +212,15 @@ def launch(launcher: str, words: list[str]) -> subprocess.Popen[str]:
 
 def workers(launcher: subprocess.Popen[str]) -> list[int]:
     """Return the process numbers of the launcher's workers, by rank."""
-    found = {}
+    found: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
                 if int(parent) == launcher.pid:
-                    environ = dict(v.split("=", 1) for v in (entry / "environ").read_text().split("\0") if "=" in v)
+                    environ = dict(
+                        v.split("=", 1) for v in (entry / "environ").read_text().split("\0") if "=" in v
+                    )
                     found[int(environ["RANK"])] = int(entry.name)
             except (OSError, KeyError):
                 continue
@@ -208,7 +228,7 @@ def workers(launcher: subprocess.Popen[str]) -> list[int]:
 
 
 def killed(launcher: str, words: list[str], output: Path, step: int, pause: float, rank: int) -> str:
-    """Begin or go on with a run, kill one of its processes some seconds after a step; return what was said."""
+    """Begin or go on with a run, kill one of its processes after a step; return what was said."""
     run = launch(launcher, [*words, "--resume"])
     sign, end = output / f"checkpoint-{step}", time.monotonic() + 200
     while not sign.exists() and run.poll() is None:
@@ -265,7 +285,9 @@ def test_a_killed_process_ends_the_run_and_resuming_gives_the_same_weights(
 
 
 @pytest.mark.slow
-def test_processes_that_differ_are_refused_with_the_difference(options: dict[str, Any], tmp_path: Path) -> None:
+def test_processes_that_differ_are_refused_with_the_difference(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
     """One without the package, one with another version of it, one with other settings."""
     wanted = {
         "absent": "process 1 of 2 cannot take part: no installed package offers the method 'lora'",
@@ -275,7 +297,10 @@ def test_processes_that_differ_are_refused_with_the_difference(options: dict[str
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: inlay-lora\nVersion: 9.9\n")
     (other / "entry_points.txt").write_text("[inlay.methods]\nlora = inlay_lora:LoRA\n")
-    differing = {"absent": {"INLAY_LOAD_PLUGINS": "inlay-prefix"}, "version": {"PYTHONPATH": str(other.parent)}}
+    differing = {
+        "absent": {"INLAY_LOAD_PLUGINS": "inlay-prefix"},
+        "version": {"PYTHONPATH": str(other.parent)},
+    }
     for name, change in differing.items():
         output = tmp_path / name
         codes, _, errors = ended(two(*train(options, batch=4, output=output), each=({}, change)))
