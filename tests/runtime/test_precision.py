@@ -122,11 +122,10 @@ def test_every_face_in_every_dtype(face: str, base: torch.dtype, mixed: bool) ->
             assert saved[F32] <= frozen[F32], (own, saved, frozen)
 
 
-@pytest.mark.parametrize("face", FACES)
+# A kept start is made from the weights, which are other ones after a change of dtype.
+@pytest.mark.parametrize("face", [face for face in FACES if face != "kept start"])
 def test_attaching_before_or_after_a_change_of_dtype_is_the_same(face: str) -> None:
     family, stack = FACES[face]
-    if face == "kept start":
-        pytest.skip("its start is made from the weights, which are other ones by then")
     before, after = lively(family), lively(family).to(BF16)
     for model in (before, after):
         inlay.attach(model, stack, name="fr", seed=1)
@@ -248,5 +247,5 @@ def test_a_file_that_asks_for_another_dtype_is_refused(dtype: Any, tmp_path: Pat
     content = json.loads(file.read_text())
     content["parts"][0]["dtype"] = dtype
     file.write_text(json.dumps({**content, "digest": digest_of(content)}))
-    with pytest.raises(CheckpointError, match=r"damaged or hostile[\s\S]*(a part in the dtype |dtype is a int)"):
+    with pytest.raises(CheckpointError, match=r"hostile[\s\S]*(a part in the dtype|dtype is a int)"):
         inlay.load(lively("llama"), tmp_path)
