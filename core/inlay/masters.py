@@ -64,7 +64,7 @@ class Masters(Optimizer):
         """Return a new master of a parameter; the parameter itself, where it needs none."""
         master = parameter
         if parameter.dtype.itemsize < 4:
-            master = parameter.detach().float().requires_grad_()
+            master = parameter.detach().float()
             self._written[parameter] = parameter._version
             self._gather(parameter)
         self.masters[parameter] = master

@@ -249,8 +249,11 @@ class Level:
 
     def _folded(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = read_by(self.backend, self.site)
-        for delta in self.below:
-            weight, bias = delta.fold(weight, bias)
+        if not self.below:
+            return weight, bias
+        with torch.autocast(weight.device.type, enabled=False):  # which would fold in few bits
+            for delta in self.below:
+                weight, bias = delta.fold(weight, bias)
         return weight, bias
 
     def _versions(self) -> tuple[int, ...]:

@@ -48,7 +48,8 @@ class Decomposed(LowRank):
 
         ‖W + s B A‖² = Σ W² + 2s Σ B∘(W Aᵀ) + s² Σ (B A Aᵀ)∘B over each row, without forming B A.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.constant_norm):
+        learns = torch.is_grad_enabled() and not self.constant_norm
+        with torch.set_grad_enabled(learns), torch.autocast(weight.device.type, enabled=False):
             down, up = self.pair(weight.dtype)
             change = 2 * F.linear(weight, down) + self.scale * (up @ (down @ down.T))
             squared = squares + self.scale * (up * change).sum(1)
