@@ -103,7 +103,7 @@ class Adapter:
     def child(self, name: str, method: Method) -> Adapter:
         """Return the adapter of a method inside this one, its deltas made but owned by the caller.
 
-        What `calibrate` measured for it is kept here under names that begin with "<name>/".
+        What `calibrate` measured for it is given here under names that begin with "<name>/".
         """
         from inlay.registry import registry
         from inlay.targets import among
@@ -117,7 +117,6 @@ class Adapter:
         )  # fmt: skip
         inner.data = self.data.setdefault(name, {})
         registry.call("inject", method, sites=sites, adapter=inner)
-        self.calibration |= {f"{prefix}{k}": t for k, t in inner.calibration.items()}
         if inner.shared:
             self.shared[name] = inner.shared
         self.children[name] = inner
@@ -174,6 +173,12 @@ class Adapter:
         return self.dtype if kept else None
 
     @property
+    def measured(self) -> dict[str, Tensor]:
+        """`calibration`, and that of the methods inside under names that begin with "<name>/"."""
+        inside = {f"{n}/{k}": t for n, child in self.children.items() for k, t in child.measured.items()}
+        return self.calibration | inside
+
+    @property
     def base_size(self) -> int:
         """How many parameters the base model has, without any adapter's."""
         return base_size(self.model)
@@ -202,9 +207,10 @@ class Init:
     """Makes parameters of the dtype of `reference` on its device, from a seed of the site's own.
 
     Values are drawn on the CPU in float32, so that one seed gives the same weights on any device
-    and in any order of creation. On meta sites, and on fake tensors, nothing is drawn, unless values from a file
-    are to be `filled` in: these need not wait for the base's. `later` says that the values will come from
-    elsewhere, or cannot be known yet, so that there is no point in computing any.
+    and in any order of creation. On meta sites nothing is drawn, unless values from a file are to be
+    `filled` in: these need not wait for the base's; on fake tensors nothing is drawn at all. `later` says
+    that the values will come from elsewhere, or cannot be known yet, so that there is no point in computing
+    any.
     """
 
     def __init__(self, seed: str, reference: Tensor, *, meta: bool = False, filled: bool = False) -> None:

@@ -145,7 +145,7 @@ def _describe(placed: Placed, name: str, number: int, tensors: dict[str, Tensor]
     method, adapter = placed.method, placed.adapter
     adapter.recall()
     state = dict(registry.call("state_dict", method, adapter=adapter))
-    calibration = {f"{CALIBRATION}{k}": t for k, t in adapter.calibration.items()}
+    calibration = {f"{CALIBRATION}{k}": t for k, t in adapter.measured.items()}
     for key, tensor in {**state, **calibration}.items():
         full = whole(tensor)
         if full.is_floating_point() and not bool(full.isfinite().all()):
@@ -159,7 +159,7 @@ def _describe(placed: Placed, name: str, number: int, tensors: dict[str, Tensor]
         "name": name, "method": method.id, "distribution": origin.distribution,
         "version": origin.version, "method_version": method.version, "settings": method.to_dict(),
         "sites": [site.name for site in adapter.sites], "data": adapter.data,
-        "calibration": sorted(adapter.calibration), "seed": adapter.seed,
+        "calibration": sorted(adapter.measured), "seed": adapter.seed,
         **({} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}),
     }  # fmt: skip
 

@@ -217,7 +217,7 @@ def _check_alike(sources: Mapping[str, list[Placed]]) -> None:
 
 def _measured_alike(one: Adapter, two: Adapter) -> bool:
     """Whether two adapters have the same calibration and data, so that their tensors correspond."""
-    kept, other = one.calibration, two.calibration
+    kept, other = one.measured, two.measured
     if one.data != two.data or kept.keys() != other.keys():
         return False
     return all(
@@ -229,7 +229,7 @@ def _summed(state: State, name: str, number: int, parts: Sequence[Placed], weigh
     like = parts[0]
     adapter = build_adapter(
         state.model, like.method, like.adapter.sites, seed=like.adapter.seed, data=like.adapter.data,
-        calibration=like.adapter.calibration, find=state.adapter_of, filled=True, dtype=like.adapter.dtype,
+        calibration=like.adapter.measured, find=state.adapter_of, filled=True, dtype=like.adapter.dtype,
     )  # fmt: skip
     target = registry.call("state_dict", like.method, adapter=adapter)
     sources = [registry.call("state_dict", p.method, adapter=p.adapter) for p in parts]

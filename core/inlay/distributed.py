@@ -102,7 +102,7 @@ def fill(model: nn.Module) -> None:
 def _fill(state: State, placed: Placed) -> None:
     adapter = placed.adapter
     made = build_adapter(
-        state.model, placed.method, adapter.sites, seed=adapter.seed, calibration=adapter.calibration,
+        state.model, placed.method, adapter.sites, seed=adapter.seed, calibration=adapter.measured,
         data=adapter.data, find=state.adapter_of, dtype=adapter.dtype,
     )  # fmt: skip
     values = _tensors(made)

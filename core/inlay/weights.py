@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from inlay.backends import Backend, backend_of
-from inlay.errors import AttachError, CannotMerge
+from inlay.errors import AttachError, CannotMerge, CheckpointError
 from inlay.hosts import CHILD, own_class
+from inlay.reached import several
 from inlay.sites.site import held_by, hooks_of
 
 if TYPE_CHECKING:
@@ -30,6 +31,12 @@ def wide(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """Return a sharded tensor (DTensor) in full, any other as it is; every process must ask for it."""
     gather = getattr(tensor, "full_tensor", None)
+    if getattr(tensor, "ds_id", None) is not None and tensor.numel() == 0:
+        raise CheckpointError(
+            "a tensor is in parts that only DeepSpeed can put together",
+            saw="0 of its values in this process (ZeRO stage 3)",
+            do="save inside deepspeed.zero.GatheredParameters(model.parameters()), or use stage 2",
+        )
     return tensor if gather is None else gather()
 
 
@@ -105,7 +112,7 @@ def read_by(backend: Backend | None, site: ModuleSite) -> tuple[Tensor, Tensor |
     found = stored(site.module, site.weight_name) if backend is None else backend.dequantize(site.module)
     if found is None:
         raise AttributeError(f"{site.name} has no tensor {site.weight_name!r}")
-    weight = wide(site.cut(found))
+    weight = wide(site.cut(whole(found)))
     if site.layer_kind == "norm":
         weight = weight + norm_offset(type(site.module))  # type: ignore[arg-type]
     return weight, read_bias(site)
@@ -114,7 +121,7 @@ def read_by(backend: Backend | None, site: ModuleSite) -> tuple[Tensor, Tensor |
 def read_bias(site: ModuleSite) -> Tensor | None:
     """Return the bias of a site alone, wide, cut to its slice."""
     bias = stored(site.module, site.bias_name) if site.bias_name else None
-    return None if bias is None else wide(site.cut(bias))
+    return None if bias is None else wide(site.cut(whole(bias)))
 
 
 def holds_bias(site: ModuleSite) -> bool:
@@ -220,7 +227,9 @@ class Level:
         """Return (weight, bias), cached while neither the base nor the members below change."""
         if torch.compiler.is_compiling():  # asked first: what follows cannot be traced
             return self._folded()
-        learning = torch.is_grad_enabled() and any(p.requires_grad for d in self.below for p in d.reached())
+        # What FSDP gathers anew has neither a new address nor a new version: nothing would show a change.
+        noticed = torch.is_grad_enabled() or several()
+        learning = noticed and any(p.requires_grad for d in self.below for p in d.reached())
         if learning or torch.is_inference_mode_enabled():
             return self._folded()
         key = self._versions()

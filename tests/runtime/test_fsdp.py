@@ -25,6 +25,9 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 STACKS = {
     "lora": "lora(rank=4)",
     "stack": "lora(rank=4) + prefix_tuning(length=3, hidden=16) + ia3() + serial_adapter(rank=8)",
+    "norms": "ln_tuning() + lora(rank=2)",
+    "biases": "bitfit()",
+    "directions": "lora(rank=2) + dora(rank=2)",  # reads the base's weight, and what learns below it
 }
 
 WORKER = """
@@ -75,6 +78,8 @@ WORKER = """
             losses.append(loss)
             inlay.check_training(model, optimizer)
             optimizer.step()
+            with torch.no_grad():  # what an evaluation keeps must not outlive the next step
+                losses.append(model(**batch).loss)
         return {"losses": torch.stack(losses).detach(), "gradients": found}
 
     def own_halves(model):

@@ -32,6 +32,7 @@ def train(
     """
     groups = inlay.parameter_groups(model)
     optimizer = torch.optim.AdamW([{**group, "lr": rate * group["lr"]} for group in groups])
+    inlay.lifecycle(model, optimizer, steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda done: min((done + 1) / (WARM_UP * steps + 1), 1 - done / steps)
     )

@@ -2,28 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from inlay.adapter import Adapter
+from inlay.adapter import Adapter, Init
+from inlay.authoring.trained import shapes
 from inlay.delta import Change, Compact, Ref, WeightDelta, Weights
 from inlay.errors import ConfigError
 from inlay.sites import ModuleSite, Site
 
 
 class Entries(nn.Module):
-    """The change of one tensor: `values` (k,), zero at the start, at flat `indices` (k,)."""
+    """The change of one tensor: `values` (k,), zero at the start, at flat `indices` (k,).
 
-    def __init__(self, values: nn.Parameter, indices: Tensor) -> None:
+    Where `whole`, of the tensor's shape, is given, it is added: every entry learns, until `keep` says
+    which go on. Without values, and nothing whole, there is no change.
+    """
+
+    values: nn.Parameter | None
+    whole: nn.Parameter | None
+    indices: Tensor | None
+
+    def __init__(
+        self,
+        values: nn.Parameter | None = None,
+        indices: Tensor | None = None,
+        whole: nn.Parameter | None = None,
+    ) -> None:
         super().__init__()
-        self.values = values
-        self.register_buffer("indices", indices.to(values.device), persistent=False)
+        self.values, self.whole = values, whole
+        indices = None if indices is None or values is None else indices.to(values.device)
+        self.register_buffer("indices", indices, persistent=False)
 
-    def forward(self) -> Compact:
-        return Compact(self.indices, self.values)  # type: ignore[arg-type]
+    def forward(self) -> Tensor | Compact | None:
+        if self.values is None or self.indices is None:
+            return self.whole
+        kept = Compact(self.indices, self.values)
+        return kept if self.whole is None else self.whole + kept.dense(self.whole)
+
+    def moved(self) -> Tensor:
+        """Return |whole| (n,), below 0 at the entries that were chosen already."""
+        assert self.whole is not None
+        moved = self.whole.detach().abs().flatten()
+        return moved if self.indices is None else moved.index_fill(0, self.indices.long(), -1.0)
+
+    def keep(self, chosen: Tensor | None) -> None:
+        """Let the entries at `chosen` (k,), too, go on, from zero; what is whole goes."""
+        assert self.whole is not None
+        dense, self.whole = torch.zeros_like(self.whole).flatten(), None
+        if chosen is None:
+            return
+        if self.values is not None and self.indices is not None:
+            dense[self.indices.long()] = self.values.detach()
+            chosen = torch.cat([self.indices, chosen]).sort().values
+        self.indices, self.values = chosen, nn.Parameter(dense[chosen.long()])
 
 
 class EntriesDelta(WeightDelta):
@@ -56,6 +91,11 @@ class Place(NamedTuple):
     def view(self, tensor: Tensor) -> Tensor:
         """Return a tensor shaped like this one as folds see it: (out, in), cut to the site's slice."""
         return self.site.cut(tensor)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape as folds see it; of a layer in few bits, that of its values."""
+        return shapes(self.site)[self.name == "bias"]
 
     @property
     def size(self) -> int:
@@ -113,30 +153,42 @@ def undecided(found: Iterable[Place], count: int) -> dict[str, Tensor]:
 
 def place_entries(adapter: Adapter, sites: Iterable[Site], chosen: Mapping[str, Tensor]) -> None:
     """Place deltas on the entries that `chosen` (see `largest`) gives by a tensor's first label."""
+
+    def entries(place: Place, init: Init) -> Entries | None:
+        if place.label not in chosen:
+            return None
+        indices = checked(chosen[place.label], place.size, place.label)
+        return Entries(init.zeros(len(indices)), indices)
+
+    place_each(adapter, sites, entries)
+
+
+def place_each(
+    adapter: Adapter, sites: Iterable[Site], make: Callable[[Place, Init], Entries | None]
+) -> None:
+    """Place deltas made of what `make` returns for each tensor (a tied one once, where it is used first)."""
     made: dict[Any, Entries] = {}
     for site in sites:
         held: dict[str, Entries | Ref] = {}
         for place in places([site]):
             if place.key in made:
                 held[place.name] = Ref(made[place.key])
-            elif place.label in chosen:
-                indices = _checked(place, chosen[place.label])
-                values = adapter.init(site).zeros(len(indices))
-                held[place.name] = made[place.key] = Entries(values, indices)
+            elif (change := make(place, adapter.init(site))) is not None:
+                held[place.name] = made[place.key] = change
         if held:
             adapter.place(site, EntriesDelta(**held))
 
 
-def _checked(place: Place, indices: Tensor) -> Tensor:
-    """Return the indices if they are ascending places of the tensor: they may come from a file."""
+def checked(indices: Tensor, size: int, label: str) -> Tensor:
+    """Return the indices if they are ascending places of a tensor of `size`: they may come from a file."""
     fits = indices.dim() == 1 and indices.dtype in (torch.int32, torch.int64)
     if fits and not indices.is_meta:
         fits = len(indices) > 0 and bool((indices.diff() > 0).all())
-        fits = fits and int(indices[0]) >= 0 and int(indices[-1]) < place.size
+        fits = fits and int(indices[0]) >= 0 and int(indices[-1]) < size
     if not fits:
         raise ConfigError(
             "the chosen entries are no places of the tensor",
-            saw=f"{place.label} of {place.size} entries: {indices.dtype} {tuple(indices.shape)}",
+            saw=f"{label} of {size} entries: {indices.dtype} {tuple(indices.shape)}",
             do="calibrate anew, or get the checkpoint again from whoever saved it",
         )
     return indices

@@ -2,42 +2,55 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from inlay.authoring import ConfigError, LinearDelta, Site
+from inlay.authoring import ConfigError, Init, LinearDelta, Method, Site, setting
+
+
+@dataclass(frozen=True)
+class RankedMethod(Method):
+    """Settings of s·B diag(c) A: A (rank, in), B (out, rank), c (rank,)."""
+
+    rank: int = setting(8, least=1)
+    alpha: float = setting(8.0, above=0)
+    dropout: float = setting(0.0, least=0, below=1)
+
+    made: ClassVar[type[Ranked]]
+
+    def delta(self, site: Site, init: Init) -> Ranked:
+        if self.rank > (most := min(site.in_features, site.out_features)):
+            raise ConfigError(
+                f"{self.id}: the rank is larger than a layer's",
+                saw=f"rank {self.rank} at {site.name}, {site.in_features} to {site.out_features} features",
+                do=f"give at most {most}, or leave the layer out of the targets",
+            )
+        return self.made(site, init, self)
 
 
 class Ranked(LinearDelta):
     """Δy = ((drop(x) Aᵀ) ⊙ c) Bᵀ: `down` = A (r, in), `up` = B (out, r), and c (r,) from `weights`."""
 
-    down: Tensor
-    up: Tensor
+    def __init__(self, down: nn.Parameter, up: nn.Parameter, rate: float) -> None:
+        super().__init__()
+        self.down, self.up, self.rate = down, up, rate
 
     def weights(self) -> Tensor:
-        """Return c (r,), the method's scale in it."""
+        """Return c (r,) outside training, the method's scale in it."""
         raise NotImplementedError
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return A (r, in) and B (out, r)."""
-        return self.down, self.up
 
     def effect(self, x: Tensor) -> Tensor:
         """Return x ΔWᵀ (*, out) of x (*, in), in x's dtype."""
-        down, up = (factor.to(x.dtype) for factor in self.factors())
-        return F.linear(F.linear(x, down) * self.weights().to(x.dtype), up)
+        return self.applied(x, self.down, self.weights(), self.up)
+
+    def applied(self, x: Tensor, down: Tensor, c: Tensor, up: Tensor) -> Tensor:
+        """Return ((x Aᵀ) ⊙ c) Bᵀ (*, out) of x (*, in), in x's dtype."""
+        return F.linear(F.linear(x, down.to(x.dtype)) * c.to(x.dtype), up.to(x.dtype))
 
     def product(self, like: Tensor) -> Tensor:
         """Return ΔW = B diag(c) A (out, in) in the dtype of `like`."""
-        down, up, c = (tensor.to(like.dtype) for tensor in (*self.factors(), self.weights()))
+        down, c, up = (tensor.to(like.dtype) for tensor in (self.down, self.weights(), self.up))
         return (up * c) @ down
-
-
-def check_rank(method: str, rank: int, site: Site) -> None:
-    """Raise if the rank is larger than a change of the site's weight can have."""
-    if rank > (most := min(site.in_features, site.out_features)):
-        raise ConfigError(
-            f"{method}: the rank is larger than a layer's",
-            saw=f"rank {rank} at {site.name}, {site.in_features} to {site.out_features} features",
-            do=f"give at most {most}, or leave the layer out of the targets",
-        )

@@ -12,16 +12,13 @@ from inlay_lora_rank import AdaLoRA, DyLoRA
 
 
 class TestAdaLoRA(MethodConformance):
-    """The kit trains for three steps."""
-
     method = AdaLoRA
     configurations = st.builds(
         AdaLoRA,
         rank=st.sampled_from([3, 4]),
         target_rank=st.sampled_from([2, 3]),
         dropout=st.sampled_from([0.0, 0.5]),
-        t_init=st.integers(0, 1),
-        t_final=st.integers(0, 1),
+        every=st.integers(1, 2),
         orthogonality=st.sampled_from([0.0, 0.5]),
     )
     targets = (None, ("query", "value"), ("key", "up"))
@@ -36,10 +33,9 @@ class TestDyLoRA(MethodConformance):
     method = DyLoRA
     configurations = st.builds(
         DyLoRA,
-        rank=st.integers(3, 4),
+        rank=st.integers(2, 4),
         dropout=st.sampled_from([0.0, 0.5]),
         frozen=st.booleans(),
-        min_rank=st.integers(1, 3),
         eval_rank=st.sampled_from([None, 2]),
     )
     targets = (None, ("linear",), ("key", "up"))

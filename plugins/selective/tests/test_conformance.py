@@ -1,16 +1,18 @@
-"""BitFit, LN tuning and FishMask keep the rules of docs/conformance.md."""
+"""BitFit, LN tuning, FishMask and LT-SFT keep the rules of docs/conformance.md."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
 from inlay.authoring import ModuleSite
 from inlay.authoring.sparse import distinct, places
+from inlay.authoring.trained import shapes
 from inlay.testing import MethodConformance
 from inlay.testing.cases import FAMILIES
-from inlay_selective import BitFit, FishMask, LNTuning
+from inlay_selective import LTSFT, BitFit, FishMask, LNTuning
 
 
 class TestBitFit(MethodConformance):
@@ -67,3 +69,30 @@ class TestFishMaskInBlocks(TestFishMask):
     replaces = False
     quantised = False  # packed weights have no gradients to choose by
     merges = True
+
+
+class TestLTSFT(MethodConformance):
+    """Its first stage, in which every entry learns."""
+
+    method = LTSFT
+    configurations = st.builds(LTSFT, density=st.sampled_from([0.01, 0.1]), rounds=st.sampled_from([1, 2]))
+    targets = (("linear",), ("query", "down"))
+    merges = True
+
+    @staticmethod
+    def parameters(method: LTSFT, sites: Sequence[ModuleSite]) -> int:
+        return sum(math.prod(shapes(p.site)[p.name == "bias"]) for p in distinct(places(sites)))
+
+
+class TestLTSFTOnEmbeddings(TestLTSFT):
+    """With its penalty, and tables that are tied."""
+
+    configurations = st.builds(LTSFT, l1=st.just(0.1), rounds=st.just(1))
+    families = ("llama", "gpt2", "bert", "t5")
+    targets = (None,)
+    by_layer = False
+    excused = {"R32": "its penalty, the sum of |δ|, has a kink at 0"}
+
+    @staticmethod
+    def merges(method: LTSFT, family: str) -> bool:
+        return family not in ("gpt2", "t5")  # their tables are tied
