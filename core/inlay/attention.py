@@ -156,11 +156,24 @@ def attention(
             saw=f"continuous batching with {port.site.name} adapted",
             do="use model.generate without continuous batching",
         )
+    if attention_mask is None and "flash" in port.config._attn_implementation and _is_packed(kwargs):
+        raise StateError(
+            "flash attention reads packed texts by their lengths, in which extra keys have no place",
+            saw=f"texts packed in one row, at {port.site.name}",
+            do="model.set_attn_implementation('sdpa'), or batches with one text in a row",
+        )
     width, mask, kwargs = widened(module, query, key, attention_mask, columns, kwargs)
     key = torch.cat([*(_fitted(c.key, key) for c in columns), key], dim=2)
     value = torch.cat([*(_fitted(c.value, value) for c in columns), value], dim=2)
     output, weights = own(module, query, key, value, mask, **kwargs)
     return output, None if weights is None else weights[:, :, rows:, width + rows :]
+
+
+def _is_packed(kwargs: dict[str, Any]) -> bool:
+    """Return whether a row holds several texts: by their lengths, or by positions that start anew."""
+    positions = kwargs.get("position_ids")
+    restarts = positions is not None and bool((positions.diff(dim=-1) < 1).any())
+    return restarts or kwargs.get("cu_seq_lens_k") is not None
 
 
 def _record(found: dict[str, tuple[Tensor, Tensor]], name: str, key: Tensor, value: Tensor) -> None:
