@@ -41,8 +41,8 @@ STACKS = (
     "periodic_lora + ia3",
     "hra + loha + prefix_tuning",
 )
-# What falls short on a family, with the share of the loss that was left.
-SHORT: dict[tuple[str, str], str] = {}
+# Where a default does not fit a layer: here values are half as wide as queries.
+FITTING = {("llama", "vblora"): "vblora(vector_length=128)"}
 
 
 def everything() -> list[str]:
@@ -60,8 +60,6 @@ def cases() -> list[Any]:
     for family in SIZES:
         for text in everything():
             marks = [] if family == "bert" and text in quick() else [pytest.mark.slow]
-            if reason := SHORT.get((family, text)):
-                marks.append(pytest.mark.xfail(strict=True, reason=reason))
             found.append(pytest.param(family, text, marks=marks, id=f"{family}: {text}"))
     return found
 
@@ -69,6 +67,7 @@ def cases() -> list[Any]:
 @pytest.mark.parametrize(("family", "text"), cases())
 def test_one_batch_is_learnt_by_heart(family: str, text: str) -> None:
     left = []
+    text = FITTING.get((family, text), text)
     for rate in RATES:
         model = base_of(family)
         base, batch = base_tensors(model), batch_for(model, rows=8, labels=True)

@@ -154,7 +154,7 @@ class Run:
             processes.together(lambda: check_same(model))
 
     def _try_longest(self, model: Any) -> None:
-        """Run the longest text once where virtual tokens take positions too: better an error now than later."""
+        """Run the longest text once where virtual tokens take positions too: errors come before training."""
         placed = need_state(model).placed.values() if self.prepared.stack is not None else ()
         if not any(site.kind == "sequence" for p in placed for site in p.adapter.sites):
             return

@@ -18,6 +18,7 @@ from inlay.testing.quantised import PACKED_SIZES
 from inlay.testing.tools import distance, lively, shake
 from inlay_train import base, loading
 from inlay_train.cli import app
+from inlay_train.quantised import FewBits
 from inlay_train.trainer import Trainer
 
 pytest.importorskip("bitsandbytes")
@@ -25,6 +26,9 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:MatMul8bitLt.*:UserWarning",
     "ignore:.*bitsandbytes..gemv_4bit. an autograd kernel was not registered.*:UserWarning",
 )
+
+
+FOUR = FewBits(4, double=True, compute="float32")
 
 
 @pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
@@ -77,7 +81,9 @@ def test_what_transformers_refuses_is_accepted_where_the_trainer_is_built(
     models: dict[str, Path], made: Callable[..., Trainer], tmp_path: Path
 ) -> None:
     base.quiet()
-    model: Any = loading.model(models["llama"], transformers.LlamaForCausalLM, seed=0, settings={}, bits=4)
+    model: Any = loading.model(
+        models["llama"], transformers.LlamaForCausalLM, seed=0, settings={}, few_bits=FOUR
+    )
     args = transformers.TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     with pytest.raises(ValueError, match="purely quantized"):
         transformers.Trainer(model, args)

@@ -185,6 +185,22 @@ def test_training_that_diverges_ends_with_an_error(refused: Refused, settings: d
     assert "the last good checkpoint is " in told
 
 
+def test_texts_longer_than_the_positions_are_refused(refused: Refused, settings: dict[str, Any]) -> None:
+    told = refused("train", **{**settings, "max_length": 65})
+    assert "saw: --max-length 65; the tokenizer's limit is 64, the model's 64" in told
+    assert "do:  give --max-length 64 or less" in told
+    assert not Path(settings["output"]).exists()
+
+
+def test_virtual_tokens_count_among_the_positions(refused: Refused, settings: dict[str, Any]) -> None:
+    """Rows of 6 tokens, the one at the end among them, beside 60: two positions too few."""
+    told = refused("train", **{**settings, "method": "prompt_tuning(length=60)"})
+    assert "virtual tokens and those of the text take more positions than the model has\n" in told
+    assert "saw: 60 virtual tokens, 6 of the text, 64 positions\n  do:  use a shorter prompt" in told
+    assert "--max-length" in told
+    assert not Path(settings["output"]).exists()
+
+
 def test_a_full_disk_at_the_end_is_told(refused: Refused, settings: dict[str, Any]) -> None:
     output = Path(settings["output"])
     output.mkdir()

@@ -19,6 +19,7 @@ import inlay
 from inlay import InlayError
 from inlay.authoring import Adapter, Method, OutputDelta, hookimpl, register
 from inlay.registry import registry
+from inlay.testing.refusal import refused
 from inlay_train.trainer import Trainer
 
 Made = Callable[..., Trainer]
@@ -132,6 +133,36 @@ def test_resuming_in_another_process_gives_the_same(made: Made) -> None:
     found = tensors(output / "checkpoint-6")
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert again.state.global_step == 6
+
+
+@pytest.mark.parametrize(
+    ("stack", "told"),
+    [
+        ("lora(rank=4)", r"\n  lora: rank: 2 then, 4 now\n"),
+        (
+            "lora(rank=2, layers='0')",
+            r"\n  lora: layers: None then, [^\n]* now\n  lora: other places, such as model",
+        ),
+        ("lora(rank=2) + ia3", r"\n  stack: lora then, lora \+ ia3 now\n"),
+        ("ia3", r"\n  stack: lora then, ia3 now\n"),
+    ],
+)
+def test_another_stack_is_not_gone_on_with(made: Made, stack: str, told: str) -> None:
+    made(max_steps=3).train()
+    again = made(stack)
+    match = rf"of another stack or base, so training cannot go on from it\n  saw: \n[^\n]*checkpoint-3{told}"
+    with refused(InlayError, match, model=again.model):
+        again.train(resume_from_checkpoint=True)
+
+
+def test_another_base_is_not_gone_on_with(made: Made, llama: Llama) -> None:
+    made(max_steps=3).train()
+    model = llama()
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    again = made(model=model)
+    with refused(InlayError, r"\n  base: weights: other values than the base it was", model=model):
+        again.train(resume_from_checkpoint=True)
 
 
 def test_resuming_what_is_finished_trains_no_further_step(made: Made) -> None:
