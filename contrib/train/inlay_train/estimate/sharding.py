@@ -29,7 +29,7 @@ def gathered(model: nn.Module) -> int:
 
     A block is a unit of its own: two are gathered at a time, one at work and the next on its way. What lies
     in no block is one more, and stays. The gradients of a unit are whole until they are reduced, twice: as
-    they are, and in the buffer they are sent from; those of what lies in no block come last, after the blocks.
+    they are, and in the buffer they are sent from; those of what lies in no block come last.
     """
     blocks = [list(block.module.parameters()) for block in Anatomy(model).blocks]
     inside = {id(p) for block in blocks for p in block}
