@@ -91,7 +91,7 @@ def counted(request: Request, found: Read) -> Estimate:
             lines.append(line)
     return Estimate(
         request, found.kind.__name__, found.task, found.parameters, tuple(step.parts), step.learning, lines,
-        step.kept, ledger.live["paged"], ledger.where,
+        step.kept, ledger.most["paged"], ledger.where,
     )  # fmt: skip
 
 

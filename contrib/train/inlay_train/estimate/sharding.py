@@ -28,14 +28,18 @@ def gathered(model: nn.Module) -> int:
     """Return the bytes of whole parameters, and gradients, that one device holds at a time.
 
     A block is a unit of its own: two are gathered at a time, one at work and the next on its way. What lies
-    in no block is one more, and stays. The gradients of one are whole until they are reduced, twice: as
-    they are, and in the buffer they are sent from.
+    in no block is one more, and stays. The gradients of a unit are whole until they are reduced, twice: as
+    they are, and in the buffer they are sent from; those of what lies in no block come last.
     """
     blocks = [list(block.module.parameters()) for block in Anatomy(model).blocks]
     inside = {id(p) for block in blocks for p in block}
-    rest = size(p for p in model.parameters() if id(p) not in inside)
-    learning = max((size(p for p in block if p.requires_grad) for block in blocks), default=0)
-    return rest + 2 * max(map(size, blocks), default=0) + 2 * learning
+    rest = [p for p in model.parameters() if id(p) not in inside]
+    largest = max((size(block) + _learning(block) for block in blocks), default=0)
+    return size(rest) + 2 * max(largest, _learning(rest))
+
+
+def _learning(unit: Iterable[Tensor]) -> int:
+    return size(p for p in unit if p.requires_grad)
 
 
 def size(tensors: Iterable[Tensor]) -> int:
