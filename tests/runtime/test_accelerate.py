@@ -252,3 +252,44 @@ def test_a_patch_under_the_hook_is_refused_by_name() -> None:
     ):
         inlay.attach(model, "lora(rank=2)")
     assert not hasattr(model, "_inlay_state")
+
+
+@pytest.fixture
+def accelerator() -> Any:
+    """Mixed precision in one process; accelerate's state is forgotten afterwards."""
+    from accelerate.state import AcceleratorState
+
+    yield accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_model_and_optimizer_prepared_for_mixed_precision_are_known(accelerator: Any) -> None:
+    model = adapted("llama", "lora(rank=2)").train()
+    optimizer = torch.optim.AdamW(inlay.parameter_groups(model, lr=1e-2))
+    prepared, stepping = accelerator.prepare(model, optimizer)
+    batch = batch_for(model, labels=True)
+    losses = []
+    for _ in range(3):
+        loss = prepared(**batch).loss
+        accelerator.backward(loss)
+        inlay.check_training(prepared, stepping)
+        stepping.step()
+        stepping.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert inlay.summary(prepared).trainable == sum(p.numel() for p in own(model))
+    inlay.attach(prepared, "ia3()", name="second")
+    inlay.detach(prepared, "second")
+
+
+def test_the_last_adapter_goes_only_once_its_models_forward_is_unwrapped(accelerator: Any) -> None:
+    """The wrapper would call the forward of a class that the model no longer has."""
+    model = adapted("llama", "lora(rank=2)")
+    batch = batch_for(model)
+    accelerator.prepare(model)
+    saw = r"LlamaForCausalLM\.forward is convert_outputs_to_fp32"
+    with pytest.raises(AttachError, match=rf"forward was wrapped after the adapter was attached(.|\n)*{saw}"):
+        inlay.detach(model)
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    inlay.detach(model)
+    assert torch.equal(logits(model, batch), logits(lively("llama"), batch))

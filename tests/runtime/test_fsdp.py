@@ -125,7 +125,7 @@ WORKER = """
         torch.save(found, folder / f"{name}-{rank}-of-{world}.pt")
 
     def started(name, stack):
-        # One process attaches to a whole model; two to a model on meta, whose weights come when it is sharded.
+        # One process attaches to a whole model; two to one on meta, whose weights come when it is sharded.
         if world == 1:
             model = lively("llama")
             inlay.attach(model, stack, seed=5)
