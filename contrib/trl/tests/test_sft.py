@@ -259,3 +259,18 @@ def test_rows_added_under_a_trained_embedding_are_caught_at_the_first_step(made:
 def test_a_model_yet_to_be_loaded_is_refused(made: Made) -> None:
     with pytest.raises(InlayError, match=r"yet to be loaded(.|\n)*saw: model='llama-7b'"):
         made(model="llama-7b")
+
+
+@pytest.mark.slow
+def test_mixed_precision_stands_in_front_of_trls_head(made: Made, chats: Any) -> None:
+    """In training, in evaluations after it, and gone between; a second training puts it there again."""
+    trainer = made("lora(rank=4)", train=("head",), bf16=True)
+    whole = made("lora(rank=4)", train=("head",), output="whole")
+    trainer.train()
+    whole.train()
+    assert losses(trainer)[0] == pytest.approx(losses(whole)[0], abs=0.05)
+    assert losses(trainer)[0] != losses(whole)[0]
+    assert "forward" not in trainer.model.__dict__
+    first = trainer.evaluate(chats)["eval_loss"]
+    inlay.attach(trainer.model, "ia3()", "second", activate=False, trainable=False)
+    assert trainer.evaluate(chats)["eval_loss"] == first
