@@ -46,7 +46,6 @@ class Report:
     layers: dict[str, int]  # kind of storage: how many layers
     stored: int  # bytes of their weights
     in_16_bits: int  # bytes that these would take
-    frozen: int  # tensors of the base that required gradients before
     norms: dict[str, int]  # dtype: how many
     heads: dict[str, str]  # name: dtype or kind of storage
     biases: int  # cast to what their layers compute in
@@ -59,7 +58,6 @@ class Report:
     def _lines(self) -> Iterator[str]:
         kinds = "; ".join(f"{count} layers in {kind}" for kind, count in self.layers.items())
         yield f"{kinds}: {_megabytes(self.stored)}, in 16 bits {_megabytes(self.in_16_bits)}"
-        yield f"frozen: every tensor of the base ({self.frozen} required gradients)"
         if self.norms:
             kept = ", ".join(f"{count} in {kind}" for kind, count in self.norms.items())
             yield f"norms: left as they are ({kept})"
@@ -76,7 +74,7 @@ class Report:
 def prepare_quantised(model: nn.Module, *, checkpointing: bool = True) -> Report:
     """Make a base whose layers are in few bits ready to train over, and say what was done.
 
-    Call it once, before `inlay.attach`. It freezes the base, casts the biases of layers in 4 bits to the
+    Call it once, before `inlay.attach`. `attach` freezes the base; this casts the biases of layers in 4 bits to the
     dtype those compute in, and turns on gradient checkpointing. Norms, head and embeddings stay as they are.
     Raises `InlayError`, the model untouched, where no layer is quantised, something is attached already,
     a call in eval mode packed the weights for inference, or the model cannot checkpoint.
@@ -89,14 +87,12 @@ def prepare_quantised(model: nn.Module, *, checkpointing: bool = True) -> Report
         layers=dict(Counter(_storage(module) for module, _ in layers.values())),
         stored=sum(_bytes(module) for module, _ in layers.values()),
         in_16_bits=sum(2 * m.in_features * m.out_features for m, _ in layers.values()),
-        frozen=sum(p.requires_grad for p in model.parameters()),
         norms=dict(norms),
         heads=heads,
         biases=cast_biases(model),
         cache=_keeps_keys(model),
         checkpointing=checkpointing,
     )
-    model.requires_grad_(False)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         if report.cache:

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from inlay_train.loading import quantisation
+from inlay_train.quantised import FewBits
 
 
 def layers(skeleton: nn.Module, how: str, dtype: str, heads: Sequence[str]) -> dict[str, nn.Module]:
     """Return the few-bit layers that `inlay train` would have, by name; they take the skeleton's places."""
     from transformers.integrations import replace_with_bnb_linear
 
-    wanted = quantisation(8 if how == "int8" else 4, dtype, heads)
+    kind, _, nested = how.partition("-")
+    wanted = FewBits(8 if how == "int8" else 4, bool(nested), dtype).configuration(heads)
     if how != "int8":
-        wanted.bnb_4bit_quant_type, _, nested = how.partition("-")
-        wanted.bnb_4bit_use_double_quant = bool(nested)
+        wanted.bnb_4bit_quant_type = kind
     plain = dict(skeleton.named_modules())
     replace_with_bnb_linear(skeleton, list(heads), wanted)
     return {name: module for name, module in skeleton.named_modules() if module is not plain[name]}

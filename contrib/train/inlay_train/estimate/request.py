@@ -17,7 +17,7 @@ from inlay_train.prepare import FULL, check_targets, stack_of, trained_beside, w
 
 DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 QUANTISED = ("nf4", "nf4-double", "fp4", "int8")
-OF_BITS = {4: "nf4", 8: "int8"}  # what `inlay train --bits` makes
+OF_BITS = {4: "nf4-double", 8: "int8"}  # what `inlay train --bits` makes
 OPTIMIZERS = ("adamw", "sgd", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 DEVICES = ("cpu", "cuda")
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "K": 2**10, "M": 2**20,
