@@ -63,7 +63,7 @@ def test_twenty_steps_are_pefts(schedule: dict[str, int]) -> None:
     for step in range(1, 21):
         batch = batch_for(model, seed=step, labels=True)
         theirs.zero_grad()
-        other(**batch).loss.backward()  # peft adds its penalty itself
+        other.base_model(**batch).loss.backward()  # this call adds the penalty; that of `other` does not
         theirs.step()
         other.base_model.update_and_allocate(step)
         mine.zero_grad()
