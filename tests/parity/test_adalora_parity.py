@@ -25,7 +25,7 @@ SCHEDULES = [{}, {"tinit": 2, "tfinal": 4, "deltaT": 2}, {"tinit": 5, "deltaT": 
 def pair(schedule: dict[str, int], steps: int) -> tuple[nn.Module, nn.Module]:
     """Return peft's AdaLoRA and this side's, started alike, in float64.
 
-    peft 0.21.2 lets `ranknum`, which is in its scale, learn as soon as its adapter is chosen: held still here.
+    peft 0.21.2 lets `ranknum`, which is in its scale, learn once its adapter is chosen: held still here.
     """
     targets = ["query", "value", "intermediate.dense"]
     config = peft.AdaLoraConfig(
@@ -63,7 +63,7 @@ def test_twenty_steps_are_pefts(schedule: dict[str, int]) -> None:
     for step in range(1, 21):
         batch = batch_for(model, seed=step, labels=True)
         theirs.zero_grad()
-        other(**batch).loss.backward()  # peft adds its penalty itself
+        other.base_model(**batch).loss.backward()  # this call adds the penalty; that of `other` does not
         theirs.step()
         other.base_model.update_and_allocate(step)
         mine.zero_grad()

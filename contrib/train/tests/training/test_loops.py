@@ -54,7 +54,7 @@ def batches() -> list[dict[str, Tensor]]:
 
 
 def plain(model: nn.Module, data: list[dict[str, Tensor]], folder: Path) -> None:
-    optimizer = torch.optim.AdamW(inlay.parameter_groups(model), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(inlay.parameter_groups(model))
     inlay.lifecycle(model, optimizer, STEPS)
     for number, batch in enumerate(data, 1):
         ((model(**batch).loss + inlay.auxiliary_loss(model)) / ACCUMULATED).backward()
@@ -68,7 +68,7 @@ def accelerated(model: nn.Module, data: list[dict[str, Tensor]], folder: Path) -
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATED)
     groups = inlay.parameter_groups(model)
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(groups, weight_decay=0.0))
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(groups))
     inlay.lifecycle(model, optimizer, STEPS)
     for batch in data:
         with accelerator.accumulate(model):
@@ -84,6 +84,7 @@ def trainer(model: nn.Module, data: list[dict[str, Tensor]], folder: Path) -> No
         output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=2, report_to="none",
         gradient_accumulation_steps=ACCUMULATED, use_cpu=True, max_grad_norm=0.0, save_strategy="no",
         lr_scheduler_type="constant", train_sampling_strategy="sequential", disable_tqdm=True,
+        optim="adamw_torch",  # the one of the other loops: the fused one rounds otherwise
     )  # fmt: skip
     made = Trainer(model, arguments, train_dataset=rows)  # type: ignore[arg-type]
     made.model_accepts_loss_kwargs = False  # BERT takes them and does not average by them
