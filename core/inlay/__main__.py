@@ -15,11 +15,12 @@ def main() -> None:
     """Run the console script called `inlay`."""
     found = list(entry_points(group="console_scripts", name="inlay"))
     if not found:
-        raise SystemExit(str(RegistryError(
+        missing = RegistryError(
             "there is no `inlay` command here",
             saw="no installed package offers a console script of that name",
             do="pip install inlay-train",
-        )))  # fmt: skip
+        )
+        sys.exit(str(missing))
     found[0].load()()
 
 

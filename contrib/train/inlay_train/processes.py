@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -12,7 +14,7 @@ from inlay import InlayError
 
 T = TypeVar("T")
 MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-LOST = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed ?out", re.DOTALL)
+LOST = re.compile(r"SIGTERM|gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed ?out", re.DOTALL)
 
 
 class Everywhere(InlayError):  # noqa: N818 - says where it is raised
@@ -142,14 +144,35 @@ def agree(facts: Mapping[str, str]) -> None:
 
 @contextmanager
 def noticing(told: Callable[[], str]) -> Iterator[None]:
-    """Say what to do, `told()`, where another process ended: the connection to it breaks."""
-    try:
+    """Say what to do, `told()`, where another process ended: connections break, or the launcher ends all."""
+    if count() == 1:
         yield
+        return
+    try:
+        with _listening():
+            yield
     except RuntimeError as error:
-        if count() == 1 or not LOST.search(str(error)):
+        if not LOST.search(str(error)):
             raise
         raise InlayError(
             "another process of this run has ended, and so does this one",
             saw=f"process {number()} of {count()}: {' '.join(str(error).split())[:200]}",
             do=told(),
         ) from error
+
+
+@contextmanager
+def _listening() -> Iterator[None]:
+    """Let the launcher's SIGTERM be an error that can be told."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only a main thread hears signals
+        return
+    before = signal.signal(signal.SIGTERM, _ended)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _ended(signal_number: int, frame: Any) -> None:
+    raise RuntimeError("SIGTERM, by which a launcher ends the others")
