@@ -60,7 +60,7 @@ def test_a_bfloat16_run_with_masters_follows_the_float32_run_closer() -> None:
     train(kept, Masters(torch.optim.AdamW, inlay.parameter_groups(kept, lr=lr)))
     moved = own(exact) - start
     off = [float((own(m) - own(exact)).norm() / moved.norm()) for m in (plain, kept)]
-    print(off)
+
     assert off[1] < 0.5 * off[0], off
 
 
