@@ -160,4 +160,6 @@ def test_bare_exceptions_are_not_raised() -> None:
                     "refused_while_merged",
                     "_nothing",
                     "_not_installed",
+                    "_nothing_learns",
+                    "_diverged",
                 }, (path, name)
