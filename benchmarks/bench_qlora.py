@@ -37,8 +37,12 @@ WITHIN = 0.01
 DECODER = {"vocab_size": 8000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8,
            "num_attention_heads": 12, "max_position_embeddings": 256}  # fmt: skip
 # base, gradient checkpointing, optimizer
-MEMORY = (("float32", False, "AdamW"), ("float32", True, "AdamW"), ("nf4, scales in 32 bits", True, "AdamW"),
-          ("nf4", False, "AdamW"), ("nf4", True, "AdamW"), ("nf4", True, "AdamW8bit"))  # fmt: skip
+MEMORY = (
+    ("float32", False, "AdamW"),
+    ("nf4", False, "AdamW"),
+    ("nf4", True, "AdamW"),
+    ("nf4", True, "AdamW8bit"),
+)
 
 
 def learnt(kind: str, seed: int) -> dict[str, Any]:

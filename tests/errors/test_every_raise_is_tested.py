@@ -161,4 +161,6 @@ def test_bare_exceptions_are_not_raised() -> None:
                     "_nothing",
                     "_nothing_learns",
                     "_not_installed",
+                    "_nothing_learns",
+                    "_diverged",
                 }, (path, name)
