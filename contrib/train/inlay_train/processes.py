@@ -77,6 +77,12 @@ def _check_launch() -> None:
             do="torchrun --nproc-per-node 2 -m inlay train ..., "
             "or accelerate launch --multi_gpu --num_processes 2 -m inlay train ...",
         )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise InlayError(
+            "inlay train does not shard models yet: it could not go back to a checkpoint of one",
+            saw="ACCELERATE_USE_FSDP=true",
+            do="choose distributed_type MULTI_GPU, or shard in a loop of your own: docs/distributed.md",
+        )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         from importlib.util import find_spec
 

@@ -46,7 +46,7 @@ def train(
     ] = None,
     epochs: Annotated[Number, typer.Option(help="Passes over the data.  [default: 3]")] = None,
     steps: Annotated[Whole, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
-    batch: Annotated[Whole, typer.Option(help="Rows of a batch.  [default: 16]")] = None,
+    batch: Annotated[Whole, typer.Option(help="Rows of a batch, in each process.  [default: 16]")] = None,
     accumulate: Annotated[Whole, typer.Option(help="Batches of a step.  [default: 1]")] = None,
     by_length: Annotated[
         bool | None, typer.Option(help="Texts of like length share a batch: less padding.")

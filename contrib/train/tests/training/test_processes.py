@@ -188,6 +188,12 @@ def test_one_process_where_several_were_asked_for_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_launcher_that_shards_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InlayError, match=r"does not shard models yet(.|\n)*saw: ACCELERATE_USE_FSDP=true"):
+        processes.join()
+
+
 def test_deepspeed_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(InlayError, match=r"DeepSpeed was asked for(.|\n)*do:  pip install deepspeed"):
