@@ -71,7 +71,10 @@ def test_a_plugin_alone_from_its_wheel_and_absent_ones_by_the_command_that_insta
     assert {entry["method"] for entry in listing["installed"]} == offered(FIRST) | {"trained", "dense"}
     known = {entry["method"]: entry["install"] for entry in listing["known"]}
     absent = {
-        method: f"inlay-{plugin}" for plugin in PLUGINS if plugin != FIRST for method in offered(plugin)
+        method: f"inlay-{plugin.replace('_', '-')}"
+        for plugin in PLUGINS
+        if plugin != FIRST
+        for method in offered(plugin)
     }
     assert known == {method: f"pip install {package}" for method, package in absent.items()}
     pip(python, folder, *known["prefix_tuning"].removeprefix("pip ").split())

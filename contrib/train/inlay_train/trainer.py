@@ -75,7 +75,8 @@ class Adapted:
             )
             self._refuse_foreign(settings.pop("optimizer_dict", ()))
             groups = inlay.parameter_groups(self.model, lr=self.lr)
-            groups = [{**group, "lr": group["lr"] * self.rate} for group in groups]
+            decay = {"weight_decay": self.args.weight_decay}  # where a method sets none
+            groups = [{**decay, **group, "lr": group["lr"] * self.rate} for group in groups]
             made = Masters(kind, groups, **settings) if self.masters else kind(groups, **settings)
             self.optimizer = made
         return super().create_optimizer(model)

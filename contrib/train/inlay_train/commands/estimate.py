@@ -32,7 +32,9 @@ def estimate(
     quantize: Annotated[
         str | None, typer.Option(help="nf4, nf4-double (statistics quantised too), fp4 or int8: the base.")
     ] = None,
-    bits: Annotated[int | None, typer.Option(help="4 or 8, as `inlay train` has it: nf4-double or int8.")] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="4 or 8, as `inlay train` has it: nf4-double or int8.")
+    ] = None,
     optimizer: Annotated[
         str, typer.Option(help="adamw, sgd, adamw_8bit, paged_adamw or paged_adamw_8bit.")
     ] = "adamw",
