@@ -160,7 +160,7 @@ def data(count: int = 2) -> list[dict[str, Any]]:
 
 
 def measured(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    return need_state(model).adapter_of(name).calibration
+    return need_state(model).adapter_of(name).measured
 
 
 # -- what calibrate sees -------------------------------------------------------------------------

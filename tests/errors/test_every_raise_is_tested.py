@@ -159,7 +159,6 @@ def test_bare_exceptions_are_not_raised() -> None:
                     *MAKERS,
                     "refused_while_merged",
                     "_nothing",
-                    "_nothing_learns",
                     "_not_installed",
                     "_nothing_learns",
                     "_diverged",

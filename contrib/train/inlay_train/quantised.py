@@ -74,8 +74,9 @@ class Report:
 def prepare_quantised(model: nn.Module, *, checkpointing: bool = True) -> Report:
     """Make a base whose layers are in few bits ready to train over, and say what was done.
 
-    Call it once, before `inlay.attach`. `attach` freezes the base; this casts the biases of layers in 4 bits to the
-    dtype those compute in, and turns on gradient checkpointing. Norms, head and embeddings stay as they are.
+    Call it once, before `inlay.attach`, which freezes the base. It casts the biases of layers in 4 bits
+    to the dtype those compute in, and turns on gradient checkpointing. Norms, head and embeddings stay
+    as they are.
     Raises `InlayError`, the model untouched, where no layer is quantised, something is attached already,
     a call in eval mode packed the weights for inference, or the model cannot checkpoint.
     """
