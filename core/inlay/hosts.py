@@ -207,9 +207,12 @@ def check_can_leave(ports: Iterable[Port]) -> None:
 
 
 def check_unwrapped(ports: Iterable[Port]) -> None:
-    """Raise if a model's forward was wrapped: the wrapper would still call the one that goes."""
+    """Raise if a model's forward was wrapped: the wrapper would still call the one that goes.
+
+    accelerate's hooks keep what they wrap where it can be replaced.
+    """
     for port in ports:
-        if isinstance(port, HostPort) and _is_wrapped(port.module):
+        if isinstance(port, HostPort) and _is_wrapped(port.module) and not hooks_of(port.module):
             wrapper = getattr(port.module.__dict__["forward"], "__qualname__", "a wrapper")
             raise AttachError(
                 "the model's forward was wrapped after the adapter was attached",

@@ -118,6 +118,7 @@ def train(model: nn.Module, batch: dict[str, Any], rate: float, steps: int, enou
     """Take steps until the loss is low enough, looked at every ten; return the lowest that was seen."""
     groups = [{**group, "lr": rate * group["lr"]} for group in inlay.parameter_groups(model)]
     optimizer, lowest = torch.optim.AdamW(groups, weight_decay=0.0), loss_of(model, batch)
+    inlay.lifecycle(model, optimizer, steps)
     for step in range(1, steps + 1):
         model.train()
         optimizer.zero_grad()

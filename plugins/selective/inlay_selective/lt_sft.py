@@ -26,7 +26,7 @@ class LTSFT(Method):
     Stage "full 1" trains every entry of the targets; at its end (`inlay.advance`) the K of largest |δ|
     over all targets are kept, ties going to the first, and what the stage learned is undone. Stage
     "sparse 1" trains these. With `rounds` n each keeps K/n more, and begins where the last one ended.
-    K is `count`, or `density` times the entries. Loss + l1·Σ|δ| / N, N the base's size.
+    K is `count`, or `density` times the entries. Loss + penalty·Σ|δ| / N, N the base's size.
 
     Parameters: the targets' in a full stage, K in the end. arXiv 2110.07560,
     cambridgeltl/composable-sft. Differs: the head is a part of its own, `train=("head",)`, which is
@@ -43,7 +43,7 @@ class LTSFT(Method):
     count: int | None = setting(None, least=1)
     density: float = setting(0.01, above=0, most=1)
     rounds: int = setting(1, least=1)
-    l1: float = setting(0.0, least=0)
+    penalty: float = setting(0.0, least=0)
 
     def kept(self, sites: Sequence[Site], ended: int) -> int:
         """Return how many entries are kept once the full stage that follows `ended` stages has ended."""
@@ -89,11 +89,11 @@ class LTSFT(Method):
     @staticmethod
     @hookimpl
     def auxiliary_loss(method: LTSFT, adapter: Adapter) -> Tensor | None:
-        if not method.l1:
+        if not method.penalty:
             return None
         changes = [change for _, e in _tensors(adapter).items() if (change := e()) is not None]
         moved = [(c.values if isinstance(c, Compact) else c).abs().sum() for c in changes]
-        return method.l1 / adapter.base_size * torch.stack(moved).sum()
+        return method.penalty / adapter.base_size * torch.stack(moved).sum()
 
 
 def end(method: LTSFT, adapter: Adapter) -> None:

@@ -87,7 +87,7 @@ class TestLTSFT(MethodConformance):
 class TestLTSFTOnEmbeddings(TestLTSFT):
     """With its penalty, and tables that are tied."""
 
-    configurations = st.builds(LTSFT, l1=st.just(0.1), rounds=st.just(1))
+    configurations = st.builds(LTSFT, penalty=st.just(0.1), rounds=st.just(1))
     families = ("llama", "gpt2", "bert", "t5")
     targets = (None,)
     by_layer = False

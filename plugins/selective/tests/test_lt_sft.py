@@ -61,7 +61,7 @@ def test_both_stages_are_full_tuning_then_masked_tuning_of_the_base_itself() -> 
     strength = 3.0
     model = settled("llama")
     size = sum(p.numel() for p in model.parameters())
-    inlay.attach(model, LTSFT(count=40, targets=TARGETS, l1=strength))
+    inlay.attach(model, LTSFT(count=40, targets=TARGETS, penalty=strength))
     learn(model)
     oracle, start = settled("llama"), settled("llama")
     names = {label: label for label in values(model)}
@@ -194,7 +194,7 @@ def test_the_penalty() -> None:
     model = build("llama")
     total = sum(p.numel() for p in model.parameters())
     inlay.attach(model, METHOD, "before")
-    inlay.attach(model, LTSFT(targets=("query",), l1=0.1), "fr")
+    inlay.attach(model, LTSFT(targets=("query",), penalty=0.1), "fr")
     for _, parameter in part(model, "fr").adapter.named_parameters():
         nn.init.constant_(parameter, -0.25)
     wanted = 0.1 * 0.25 * (2 * 32 * 32) / total
