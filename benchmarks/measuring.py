@@ -23,7 +23,8 @@ from transformers import TrainerCallback, TrainingArguments, default_data_collat
 import inlay
 from inlay_train import base, loading
 from inlay_train.adapted import heads
-from inlay_train.estimate.request import DTYPES, OF_BITS, Read, Request, read
+from inlay_train.estimate.request import DTYPES, Read, Request, read
+from inlay_train.quantised import FewBits
 from inlay_train.trainer import Trainer
 
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "sgd": "sgd", "adamw_8bit": "adamw_bnb_8bit"}
@@ -93,9 +94,9 @@ def _model(request: Request, found: Read, folder: Path) -> nn.Module:
     if request.quantize is None:
         return made  # type: ignore[no-any-return]
     made.save_pretrained(folder)
-    bits = {how: bits for bits, how in OF_BITS.items()}[request.quantize]
+    few = FewBits(8 if request.quantize == "int8" else 4, request.quantize == "nf4-double", dtype)
     skip = heads(base.skeleton(found.kind, found.config))
-    loaded = loading.model(folder, found.kind, seed=0, settings={}, dtype=dtype, bits=bits, heads=skip)
+    loaded = loading.model(folder, found.kind, seed=0, settings={}, dtype=dtype, few_bits=few, heads=skip)
     for tensor in [*loaded.parameters(), *loaded.buffers()]:
         if not hasattr(tensor, "quant_state"):  # read from the file in place, which no allocator sees
             tensor.data = tensor.data.clone()

@@ -85,6 +85,7 @@ def test_a_routed_batch_compiles() -> None:
 # What follows is about tracing and its guards, whatever then writes the code.
 
 
+@pytest.mark.slow
 def test_every_choice_of_adapters_gets_a_graph_of_its_own() -> None:
     model = adapted("llama", f"lora(rank=4) + {PREFIX}", "serial_adapter(rank=8) + ia3()")
     batch = batch_for(model)

@@ -20,7 +20,7 @@ def convert(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.parametrize("name", ["lora", "dora"])
+@pytest.mark.parametrize("name", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_there(name: str, tmp_path: Path) -> None:
     expected = saved_by_peft("bert", TWINS[name], tmp_path / "theirs")
     settled("bert").save_pretrained(tmp_path / "base")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -57,9 +58,15 @@ def said(model: nn.Module) -> nn.Module:
     return placed.adapter.shared["said"]
 
 
-@pytest.mark.parametrize("scaled", [True, False])
-@pytest.mark.parametrize("d", [60, 300])
-@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize(
+    ("family", "d", "scaled"),
+    [("llama", 60, True), ("bert", 300, False)]
+    + [
+        pytest.param(family, d, scaled, marks=pytest.mark.slow)
+        for family, d, scaled in product(["llama", "bert"], [60, 300], [True, False])
+        if (family, d, scaled) not in (("llama", 60, True), ("bert", 300, False))
+    ],
+)
 def test_every_tensor_is_moved_by_the_formula(family: str, d: int, scaled: bool) -> None:
     model = settled(family).double()
     inlay.attach(model, IntrinsicSAID(d=d, said=scaled), seed=0)

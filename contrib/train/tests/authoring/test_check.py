@@ -51,6 +51,7 @@ def test_a_good_package_of_ours_by_its_own_classes_as_json_and_junit(inlay: Run,
     assert suite[0].get("name") == "R22 A configuration is data"
 
 
+@pytest.mark.slow
 def test_a_broken_package_by_derived_classes(inlay: Run, package: Write, tmp_path: Path) -> None:
     """Its fold is twice too large. R14 does not apply, R08 and R34 have nothing to be compared with."""
     rules = "R01,R08,R09,R14,R34"

@@ -77,10 +77,10 @@ def run(*arguments: object, status: int = 0) -> str:
 @pytest.mark.parametrize(
     ("model", "method", "settings"),
     [
-        ("llama", STACK, {"checkpointing": True}),
-        ("llama", "lora(rank=4)", {"quantize": "nf4", "padded": True}),
+        pytest.param("llama", STACK, {"checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param("llama", "lora(rank=4)", {"quantize": "nf4", "padded": True}, marks=pytest.mark.slow),
         ("bert", "lora(rank=4)", {"dtype": "bfloat16"}),
-        ("t5", "full", {"optimizer": "sgd", "target_length": 8}),
+        pytest.param("t5", "full", {"optimizer": "sgd", "target_length": 8}, marks=pytest.mark.slow),
     ],
 )
 def test_it_is_what_a_real_step_takes(
@@ -284,7 +284,8 @@ def test_what_cannot_be_estimated(folder: Path, settings: dict[str, Any], said: 
 
 
 def test_a_base_given_in_two_ways() -> None:
-    assert (quantisation(None, 4), quantisation(None, 8), quantisation("fp4", None)) == ("nf4", "int8", "fp4")
+    assert (quantisation(None, 4), quantisation(None, 8)) == ("nf4-double", "int8")
+    assert quantisation("fp4", None) == "fp4"
     with pytest.raises(InlayError, match="--quantize nf4 --bits 4"):
         quantisation("nf4", 4)
     with pytest.raises(InlayError, match="--bits 5"):

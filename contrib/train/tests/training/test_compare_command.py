@@ -67,6 +67,7 @@ def test_a_comparison_from_command_to_page(
     assert sum(right) / len(right) == pytest.approx(lora["values"][0])
 
 
+@pytest.mark.slow
 def test_rates_are_chosen_on_training_rows_alone(
     models: dict[str, Path], table: Write, tmp_path: Path
 ) -> None:

@@ -83,7 +83,8 @@ def trainer(model: nn.Module, data: list[dict[str, Tensor]], folder: Path) -> No
     arguments = transformers.TrainingArguments(
         output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=2, report_to="none",
         gradient_accumulation_steps=ACCUMULATED, use_cpu=True, max_grad_norm=0.0, save_strategy="no",
-        lr_scheduler_type="constant", train_sampling_strategy="sequential", disable_tqdm=True,
+        lr_scheduler_type="constant", weight_decay=0.01, disable_tqdm=True,
+        train_sampling_strategy="sequential",
         optim="adamw_torch",  # the one of the other loops: the fused one rounds otherwise
     )  # fmt: skip
     made = Trainer(model, arguments, train_dataset=rows)  # type: ignore[arg-type]
@@ -148,6 +149,7 @@ WORKER = """
 """
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_same_ranks_and_end_alike(tmp_path: Path) -> None:
     """gloo, other data in each: both have the same ranks at each step, and the same weights in the end."""
     stack = "dylora(rank=4, targets=['value']) + adalora(rank=4, target_rank=2, targets=['query'])"

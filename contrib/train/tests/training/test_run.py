@@ -248,6 +248,7 @@ def test_a_run_asked_to_stop_saves_and_says_how_to_go_on(
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.slow
 def test_asked_twice_a_run_stops_at_once(settings: dict[str, Any]) -> None:
     """In a process of its own, held still in between so that both signals reach the same step."""
     settings |= {"steps": 4000, "evaluate-every": 2}

@@ -125,6 +125,7 @@ def test_each_stage_has_its_steps_optimizer_and_checkpoints(made: Made, tmp_path
     assert inlay.summary(trainer.model).trainable == sum(t.numel() for t in narrow.values())
 
 
+@pytest.mark.slow
 def test_resuming_in_any_stage_gives_the_same(made: Made, tmp_path: Path) -> None:
     """Before the first checkpoint, at the end of a stage, between two checkpoints of the next."""
     made(STACK, output="whole", **EVERY).train()
