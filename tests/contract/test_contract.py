@@ -263,7 +263,7 @@ def test_parts_of_a_composite_read_their_own_prepared_tensors(reentrant: bool, t
 
 
 def test_a_parts_stages_data_and_loss_work_inside_a_composite(tmp_path: Path) -> None:
-    inner = LTSFT(count=20, targets=("query",), l1=0.5)
+    inner = LTSFT(count=20, targets=("query",), penalty=0.5)
     model, reference = build("llama"), build("llama")
     inlay.attach(model, Wrapped(inner=inner), "fr", seed=0)
     inlay.attach(reference, inner, "fr", seed=0)
